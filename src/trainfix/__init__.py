@@ -1,0 +1,38 @@
+"""trainfix repairs silent training errors in the installed stack: ``import trainfix`` in the training script is all it takes.
+
+Where the import stands does not matter. Public names: `status`, `apply`, `revert`, `UnfixedBugError`, `__version__`.
+"""
+
+from __future__ import annotations
+
+from trainfix.engine.finder import activate
+
+__version__ = "0.1.0"
+__all__ = ["UnfixedBugError", "__version__", "apply", "revert", "status"]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from trainfix.engine.errors import UnfixedBugError
+    from trainfix.engine.lifecycle import apply, revert, status
+
+_PUBLIC = {
+    "status": "trainfix.engine.lifecycle",
+    "apply": "trainfix.engine.lifecycle",
+    "revert": "trainfix.engine.lifecycle",
+    "UnfixedBugError": "trainfix.engine.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trainfix' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+activate()

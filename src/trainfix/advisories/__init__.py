@@ -1,0 +1,196 @@
+"""The catalogue: one OSV record per advisory, its loader, and the verdict (advisory x installed release x shapes).
+
+What is ours in a record stands under ``database_specific.trainfix``; the rest is plain OSV, readable by any OSV tool.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+Severity = Literal["gradient", "scale", "precision", "metric", "default"]
+Evidence = Literal["proved", "read", "reported"]
+ShapeClass = Literal["affected", "fixed", "not-affected", "patched"]
+VerdictName = Literal[
+    "affected", "not-affected", "fixed-upstream", "fixed-by-source-patch", "unverified", "unknown", "not-installed"
+]
+
+RECORDS = Path(__file__).with_name("records")
+_PACKAGE = Path(__file__).parent.parent
+
+
+class RecordError(Exception):
+    """A record of the catalogue cannot be read. The message names the file, the key and the next step."""
+
+
+class UnknownAdvisory(Exception):
+    """No advisory has this id. The message lists the valid ones."""
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """One condition that a run must meet to reach the error. Either `key` with `equals` or `at_least`, or `when`: a text
+    for what no config file can show."""
+
+    key: str | None = None
+    equals: tuple[object, ...] = ()
+    at_least: float | None = None
+    when: str | None = None
+
+
+@dataclass(frozen=True)
+class SourcePatch:
+    """A unified diff under ``patches/<id>/`` and the releases that it applies to (a version specifier)."""
+
+    file: str
+    releases: str
+
+
+@dataclass(frozen=True)
+class Advisory:
+    """One known silent training error. `evidence` maps target -> shape -> class; `affected` lists the affected releases
+    that we ran; `last_run` is the newest release we ran, and no range reaches past it."""
+
+    id: str
+    package: str
+    summary: str
+    details: str
+    modified: str
+    severity: Severity
+    evidence_level: Evidence
+    introduced: str
+    fixed_in: str | None
+    last_run: str
+    affected: tuple[str, ...]
+    fix: str | None
+    proof: str | None
+    evidence: Mapping[str, Mapping[str, ShapeClass]]
+    triggers: tuple[Trigger, ...]
+    ways_out: Mapping[str, str]
+    hazards: tuple[str, ...]
+    references: tuple[tuple[str, str], ...]
+    source_patches: tuple[SourcePatch, ...]
+    url: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one advisory means for one installed release. `shape` is the deciding evidence shape, None if decided by version."""
+
+    verdict: VerdictName
+    by: Literal["shape", "version"]
+    shape: str | None
+
+
+@lru_cache(maxsize=1)
+def load_all() -> tuple[Advisory, ...]:
+    """Every advisory, ordered by id. Raises RecordError for the first record that cannot be read."""
+    return tuple(_read(path) for path in sorted(RECORDS.glob("*.json")))
+
+
+def load(advisory_id: str) -> Advisory:
+    """The advisory with this id. Raises UnknownAdvisory, listing the valid ids, or RecordError."""
+    for advisory in load_all():
+        if advisory.id == advisory_id:
+            return advisory
+    valid = ", ".join(advisory.id for advisory in load_all())
+    raise UnknownAdvisory(f"no advisory {advisory_id!r}; known: {valid}")
+
+
+def _read(path: Path) -> Advisory:
+    repair = "the catalogue is part of trainfix; reinstall it with `pip install --force-reinstall --no-deps trainfix`"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"cannot read the record {path}: {error}; {repair}") from error
+    try:
+        return _advisory(record)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise RecordError(f"the record {path} is incomplete ({type(error).__name__}: {error}); {repair}") from error
+
+
+def _advisory(record: dict[str, Any]) -> Advisory:
+    ours = record["database_specific"]["trainfix"]
+    affected = record["affected"][0]
+    events = {key: value for event in affected["ranges"][0]["events"] for key, value in event.items()}
+    evidence = {
+        target: MappingProxyType({shape: kind for kind, shapes in classes.items() for shape in shapes})
+        for target, classes in ours["evidence"].items()
+    }
+    return Advisory(
+        id=record["id"],
+        package=affected["package"]["name"],
+        summary=record["summary"],
+        details=record["details"],
+        modified=record["modified"],
+        severity=ours["severity"],
+        evidence_level=ours["evidence_level"],
+        introduced=events["introduced"],
+        fixed_in=events.get("fixed"),
+        last_run=ours["last_run"],
+        affected=tuple(affected["versions"]),
+        fix=ours["fix"],
+        proof=ours["proof"],
+        evidence=MappingProxyType(evidence),
+        triggers=tuple(_trigger(**trigger) for trigger in ours["triggers"]),
+        ways_out=MappingProxyType(ours["ways_out"]),
+        hazards=tuple(ours["hazards"]),
+        references=tuple((reference["type"], reference["url"]) for reference in record["references"]),
+        source_patches=tuple(SourcePatch(**patch) for patch in ours["source_patches"]),
+        url=ours["url"],
+    )
+
+
+def _trigger(
+    key: str | None = None, equals: object = (), at_least: float | None = None, when: str | None = None
+) -> Trigger:
+    values = tuple(equals) if isinstance(equals, (list, tuple)) else (equals,)
+    return Trigger(key=key, equals=values, at_least=at_least, when=when)
+
+
+def judge(advisory: Advisory, version: str, shapes: Mapping[str, str | None]) -> Verdict:
+    """The verdict on one installed release, from the shapes of the advisory's evidence functions.
+
+    The shape decides; the version only narrows. `shapes` maps target -> shape, None where the function or its source is missing.
+    """
+    for target, known in advisory.evidence.items():
+        shape = shapes.get(target)
+        kind = known.get(shape) if shape is not None else None
+        if kind is not None:
+            return Verdict(_VERDICT_OF[kind], "shape", shape)
+    shape = next((shapes[target] for target in advisory.evidence if shapes.get(target)), None)
+    return Verdict(_by_version(advisory, version), "version", shape)
+
+
+_VERDICT_OF: Mapping[ShapeClass, VerdictName] = {
+    "affected": "affected",
+    "fixed": "fixed-upstream",
+    "not-affected": "not-affected",
+    "patched": "fixed-by-source-patch",
+}
+
+
+def _by_version(advisory: Advisory, version: str) -> VerdictName:
+    """Unknown shape: newer than the last release we ran is unverified, older than the range is not affected, else unknown."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        installed = Version(version)
+    except InvalidVersion:
+        return "unknown"
+    if installed > Version(advisory.last_run):
+        return "unverified"
+    if installed < Version(advisory.introduced):
+        return "not-affected"
+    return "unknown"
+
+
+def patches_folder() -> Path:
+    """The folder of the source patches: ``trainfix/patches`` in an installed wheel, ``patches`` at the root of a checkout."""
+    installed = _PACKAGE / "patches"
+    return installed if installed.is_dir() else _PACKAGE.parent.parent / "patches"

@@ -1,0 +1,132 @@
+"""``trainfix list``, ``show ID`` and ``diff ID``: the catalogue, one advisory explained, the source patch for a release."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from typing import TYPE_CHECKING
+
+from trainfix.cli import base
+from trainfix.cli.text import WIDTH, wrapped
+
+if TYPE_CHECKING:
+    from trainfix.advisories import Advisory, SourcePatch
+
+
+def list_all(args: argparse.Namespace) -> int:
+    """One line per advisory."""
+    from trainfix.advisories import load_all
+
+    for one in load_all():
+        head = f"{one.id}  {one.package} {_band(one)}"
+        print(f"{head:<42}  {one.severity:<9}  {one.summary}")
+    return base.OK
+
+
+def show(args: argparse.Namespace) -> int:
+    """Everything that the record says about one advisory, in words."""
+    from trainfix.advisories import load
+    from trainfix.advisories.reach import condition
+
+    one = load(args.id)
+    print(f"{one.id}  {one.summary}\n")
+    for paragraph in filter(None, one.details.split("\n")):
+        print(textwrap.fill(paragraph, WIDTH) + "\n")
+    rows = [
+        ("package", f"{one.package} {_band(one)}; last release run: {one.last_run}"),
+        ("severity", f"{one.severity}, evidence: {one.evidence_level}"),
+        *(("reached if", condition(trigger)) for trigger in one.triggers),
+        ("repair", f"import trainfix (fix {one.fix})" if one.fix else "none"),
+        ("upgrade", f"to {one.package} {one.ways_out['upgrade']}" if one.ways_out.get("upgrade") else ""),
+        *(("hazard", hazard) for hazard in one.hazards),
+        ("config", one.ways_out.get("config", "")),
+        ("proof", f"trainfix prove {one.id}" if one.proof else "none"),
+        *(("patch", f"{one.package}{patch.releases}: trainfix diff {one.id}") for patch in one.source_patches),
+        *((kind.lower(), url) for kind, url in one.references),
+    ]
+    previous = None
+    for label, text in rows:
+        for line in wrapped(label if label != previous else "", text, indent=0):
+            print(line)
+        previous = label
+    return base.OK
+
+
+def diff(args: argparse.Namespace) -> int:
+    """The unified diff that repairs one release's source: for people who build images."""
+    from trainfix.advisories import RecordError, load, patches_folder
+
+    one = load(args.id)
+    version = _wanted(one, args.release) if args.release else _installed(one)
+    patch = _patch_for(one, version)
+    file = patches_folder() / one.id / patch.file
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecordError(f"cannot read {file}: {error.strerror}; reinstall trainfix") from error
+    sys.stdout.write(text)
+    return base.OK
+
+
+def _band(one: Advisory) -> str:
+    """The affected releases: the first known (OSV's 0 means from the beginning) to the last."""
+    return f"up to {one.affected[-1]}" if one.introduced == "0" else f"{one.introduced} to {one.affected[-1]}"
+
+
+def _wanted(one: Advisory, release: str) -> str:
+    """The version in ``deepspeed==0.18.9``."""
+    from packaging.version import InvalidVersion, Version
+
+    package, _, version = release.partition("==")
+    if package != one.package:
+        raise base.UsageError(f"--for {release}: {one.id} concerns {one.package}; write --for {_example(one)}")
+    try:
+        return str(Version(version))
+    except InvalidVersion:
+        raise base.UsageError(f"--for {release} names no release; write --for {_example(one)}") from None
+
+
+def _example(one: Advisory) -> str:
+    return f"{one.package}=={one.affected[-1]}"
+
+
+def _installed(one: Advisory) -> str:
+    from trainfix.environment.installed import find
+
+    copies = find(one.package)
+    if not copies:
+        raise base.UsageError(f"{one.package} is not installed: say for which release, --for {_example(one)}")
+    return copies[0].version
+
+
+def _patch_for(one: Advisory, version: str) -> SourcePatch:
+    from packaging.specifiers import SpecifierSet
+
+    for patch in one.source_patches:
+        if SpecifierSet(patch.releases).contains(version, prereleases=True):
+            return patch
+    bands = ", ".join(f"{one.package}{patch.releases}" for patch in one.source_patches) or "no release"
+    raise base.UsageError(f"{one.id} has no source patch for {one.package} {version}: there are patches for {bands}")
+
+
+def _none(parser: argparse.ArgumentParser) -> None:
+    """`list` takes nothing."""
+
+
+def _id(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", type=base.advisory_id, metavar="ID", help="the advisory, e.g. TF-0001")
+
+
+def _id_and_release(parser: argparse.ArgumentParser) -> None:
+    _id(parser)
+    parser.add_argument(
+        "--for", dest="release", metavar="PACKAGE==RELEASE", help="default: the release that is installed"
+    )
+
+
+COMMANDS = (
+    ("list", "every known silent error", _none, list_all),
+    ("show", "one advisory explained", _id, show),
+    ("diff", "the source patch of an advisory for one release", _id_and_release, diff),
+)

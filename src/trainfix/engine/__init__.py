@@ -1,0 +1,1 @@
+"""Finds the targets as they are imported, decides, replaces, keeps the journal, and says what it did."""

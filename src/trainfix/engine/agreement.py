@@ -1,0 +1,72 @@
+"""All ranks of a process group run the same repair, or every rank that has trainfix raises: never a silent mixture, never a hang."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+TIMEOUT_SECONDS = 60.0
+_POLL_SECONDS = 0.02
+_agreed: set[tuple[str, int, tuple[int, ...]]] = set()
+
+
+def disagreement(name: str, digest: str, group: Any, timeout: float | None = None) -> str | None:
+    """Publish this rank's `digest` of the fix `name` in the group's store, wait for the others, and compare.
+
+    Returns None if all agree or there is nothing to agree on (no group, one rank, no store), else which ranks are missing or
+    different. Waits at most `timeout` seconds (default TIMEOUT_SECONDS). A group agrees once per fix, under the restart count.
+    """
+    joined = _join(group)
+    if joined is None:
+        return None
+    store, ranks, own = joined
+    key = (name, id(store), ranks)
+    if key in _agreed:
+        return None
+    prefix = f"trainfix/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}/{'.'.join(map(str, ranks))}"
+    timeout = TIMEOUT_SECONDS if timeout is None else timeout
+    try:
+        found = _exchange(store, prefix, ranks, own, digest, timeout)
+    except RuntimeError as error:  # torch's DistError: the rank that holds the store is gone
+        return f"the ranks' store cannot be reached ({error}): the rank that holds it has ended"
+    complaints = [
+        f"rank {rank} did not answer within {timeout:g} s (trainfix is missing, off or disabled there, or that rank has ended)"
+        if value is None
+        else f"rank {rank} runs {value}"
+        for rank, value in found.items()
+        if value != digest
+    ]
+    if not complaints:
+        _agreed.add(key)
+        return None
+    return f"rank {own} runs {digest}, but " + "; ".join(complaints)
+
+
+def _join(group: Any) -> tuple[Any, tuple[int, ...], int] | None:
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    ranks = tuple(dist.get_process_group_ranks(dist.group.WORLD if group is None else group))
+    own = dist.get_rank()
+    if len(ranks) < 2 or own not in ranks:
+        return None
+    try:
+        return dist.distributed_c10d._get_default_store(), ranks, own
+    except (AttributeError, ValueError, RuntimeError):
+        return None
+
+
+def _exchange(
+    store: Any, prefix: str, ranks: tuple[int, ...], own: int, digest: str, timeout: float
+) -> dict[int, str | None]:
+    """What each rank published; None for one that had not when the time was up."""
+    store.set(f"{prefix}/{own}", digest)
+    deadline = time.monotonic() + timeout
+    waiting = list(ranks)
+    while True:
+        waiting = [rank for rank in waiting if not store.check([f"{prefix}/{rank}"])]
+        if not waiting or time.monotonic() > deadline:
+            return {rank: None if rank in waiting else store.get(f"{prefix}/{rank}").decode() for rank in ranks}
+        time.sleep(_POLL_SECONDS)

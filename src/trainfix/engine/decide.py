@@ -1,0 +1,114 @@
+"""The decision, from shapes: the same function for the hook (live functions) and for doctor (installed text)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal
+
+from trainfix.advisories import Advisory, Verdict, judge
+from trainfix.engine.contract import Fix
+
+State = Literal[
+    "waiting",
+    "applied",
+    "not-affected",
+    "fixed-upstream",
+    "fixed-by-source-patch",
+    "unverified",
+    "refused",
+    "failed",
+    "disabled",
+    "reverted",
+]
+
+
+_NOBODY: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do about one advisory. `state` is ``applied`` when the repair may and should be put in place."""
+
+    state: State
+    reason: str
+    shape: str | None
+
+
+def load_fix(name: str) -> Fix:
+    """The fix of this name. Raises ImportError or AttributeError for a name that no module under trainfix.fixes has."""
+    fix: Fix = import_module(f"trainfix.fixes.{name}").FIX
+    return fix
+
+
+def targets_of(fix: Fix, advisories: Iterable[Advisory]) -> tuple[str, ...]:
+    """Every function whose shape the decision needs."""
+    evidence = [path for advisory in advisories for path in advisory.evidence]
+    return tuple(dict.fromkeys([*evidence, *(target.path for target in fix.targets + fix.relies_on)]))
+
+
+def decide(
+    fix: Fix,
+    advisory: Advisory,
+    versions: Mapping[str, str],
+    shapes: Mapping[str, str | None],
+    others: Mapping[str, str] = _NOBODY,
+) -> Decision:
+    """Decide on `advisory` from the installed versions (package -> version) and shapes (path -> shape, None if unreadable).
+
+    `others` names who has replaced a function before us (path -> description); doctor, which imports nothing, knows of nobody.
+    """
+    installed = versions[advisory.package]
+    verdict = judge(advisory, installed, shapes)
+    name = f"{advisory.package} {installed}"
+    if verdict.verdict == "affected":
+        return _repairable(fix, verdict, versions, shapes, others)
+    if verdict.verdict == "unverified":
+        newest = f"newer than {advisory.last_run}, the last release that trainfix was run on"
+        return Decision("unverified", f"{name} is {newest}, and its code is not known", verdict.shape)
+    if verdict.verdict == "unknown":
+        unknown = "; ".join(_unknown(path, shapes.get(path), others) for path in advisory.evidence)
+        return Decision("refused", f"{name}: {unknown}", verdict.shape)
+    reasons = {
+        "not-affected": f"{name} does not have this error",
+        "fixed-upstream": f"{name} has the repaired code",
+        "fixed-by-source-patch": f"{name} was repaired with trainfix's source patch",
+    }
+    state: State = verdict.verdict  # type: ignore[assignment]
+    return Decision(state, reasons[verdict.verdict], verdict.shape)
+
+
+def _repairable(
+    fix: Fix,
+    verdict: Verdict,
+    versions: Mapping[str, str],
+    shapes: Mapping[str, str | None],
+    others: Mapping[str, str],
+) -> Decision:
+    for package, specifier in fix.requires.items():
+        if not _holds(versions.get(package), specifier):
+            found = versions.get(package, "not installed")
+            return Decision("unverified", f"the repair was run on {package}{specifier} only; installed: {found}", verdict.shape)
+    for target in fix.targets + fix.relies_on:
+        shape = shapes.get(target.path)
+        if shape not in target.shapes and not (target.may_be_replaced and target.path in others):
+            return Decision("refused", _unknown(target.path, shape, others), verdict.shape)
+    return Decision("applied", "", verdict.shape)
+
+
+def _holds(version: str | None, specifier: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion
+
+    try:
+        return version is not None and SpecifierSet(specifier).contains(version, prereleases=True)
+    except InvalidVersion:
+        return False
+
+
+def _unknown(path: str, shape: str | None, others: Mapping[str, str]) -> str:
+    qualname = path.partition(":")[2]
+    if path in others:
+        return f"{qualname} was replaced by {others[path]} before trainfix saw it"
+    return f"{qualname} has no readable source" if shape is None else f"{qualname} has an unknown body (shape {shape})"

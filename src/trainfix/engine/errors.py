@@ -1,0 +1,14 @@
+"""The errors that users see."""
+
+from __future__ import annotations
+
+
+class UnfixedBugError(RuntimeError):
+    """This run reaches a known silent training error that trainfix could not repair, so training would be wrong.
+
+    The message names the advisory, why it is reached, and the three ways out. `advisory` holds the id.
+    """
+
+    def __init__(self, message: str, advisory: str = "") -> None:
+        super().__init__(message)
+        self.advisory = advisory

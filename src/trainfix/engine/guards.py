@@ -1,0 +1,65 @@
+"""Guards: the places where a run shows that it reaches an error, and the stop if nothing repairs it there."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+from trainfix.advisories import Advisory
+from trainfix.engine import replace, report
+from trainfix.engine.contract import Function, Guard
+from trainfix.engine.errors import UnfixedBugError
+
+Reached = Callable[..., None]
+
+
+def wrap(guard: Guard, original: Function, look: Reached) -> Function:
+    """`original` with the guard around it: `look` gets the built object, or, before any other method, the call's arguments."""
+    from wrapt import FunctionWrapper
+
+    def guarded(wrapped: Function, instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not guard.on_construction:
+            look(instance, *args, **kwargs)
+        result = wrapped(*args, **kwargs)
+        if guard.on_construction:
+            look(instance)
+        return result
+
+    return FunctionWrapper(original, guarded)
+
+
+def built_before(guard: Guard) -> list[object]:
+    """The objects of a constructor guard's class that exist already, built before the guard stood."""
+    if not guard.on_construction:
+        return []
+    cls, _ = replace.resolve(guard.path)
+    return [thing for thing in gc.get_objects() if cls.owner in type(thing).__mro__]
+
+
+def asked(guard: Guard, advisory: Advisory, *args: Any, **kwargs: Any) -> str | None:
+    """The reason why this call reaches the advisory, or None. A predicate that fails is no reason to break a run: it is said."""
+    try:
+        return guard.reached[advisory.id](*args, **kwargs)
+    except Exception as error:
+        report.warn(f"trainfix: cannot tell whether {advisory.id} is reached: {type(error).__name__}: {error}", every_rank=True)
+        return None
+
+
+def stop(advisory: Advisory, installed: str, reason: str, why_not: str, *, proved: bool, mode: str) -> None:
+    """The run reaches `advisory` and nothing repairs it: raise, or warn once if it is not harmful enough, not proved on this
+    very code, or under TRAINFIX=warn."""
+    hazards = f" (it also changes: {'; '.join(advisory.hazards)})" if advisory.hazards else ""
+    text = (
+        f"{advisory.id} is reached and not repaired: {advisory.summary}.\n"
+        f"  why it is reached: {reason}\n"
+        f"  why it is not repaired: {why_not} ({advisory.package} {installed})\n"
+        "Ways out:\n"
+        f"  (1) move to {advisory.package} {advisory.ways_out['upgrade']} or newer{hazards}\n"
+        f"  (2) change the configuration: {advisory.ways_out['config']}\n"
+        f"  (3) run `trainfix prove {advisory.id}`; if it shows that the error is absent here, set TRAINFIX_DISABLE={advisory.id}"
+    )
+    harmful = advisory.severity in ("gradient", "scale") and advisory.evidence_level == "proved" and proved
+    if harmful and mode != "warn":
+        raise UnfixedBugError(f"{text}\nTRAINFIX=warn turns this stop into a warning.", advisory.id)
+    report.warn(text, every_rank=True)

@@ -1,0 +1,129 @@
+"""Finding a live function, seeing through known decorators, putting another in its place, and taking it out again."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import Any
+
+from trainfix.engine.contract import Function
+from trainfix.environment import shapes
+
+
+class Missing(LookupError):
+    """The function is not there. The message names it."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that holds a function: an attribute of a class or module, or (`owner` is a cell) inside a known decorator."""
+
+    owner: Any
+    name: str
+
+    def get(self) -> Any:
+        return self.owner.cell_contents if self.name == "cell_contents" else vars(self.owner).get(self.name)
+
+    def set(self, value: object) -> None:
+        setattr(self.owner, self.name, value)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the journal: in `slot`, `replacement` stands where `original` stood."""
+
+    slot: Slot
+    original: Any
+    replacement: Any
+
+    def holder(self) -> str | None:
+        """Who has replaced it since, or None if our replacement is still there."""
+        live = self.slot.get()
+        return None if live is self.replacement else describe(live)
+
+
+def resolve(path: str) -> tuple[Slot, Any]:
+    """The slot and the object of ``module:Class.method``; of an inherited method, the class that really defines it.
+
+    Raises Missing when the module, the class or the function is not there.
+    """
+    module_name, _, qualname = path.partition(":")
+    owner: Any = sys.modules.get(module_name)
+    *classes, name = qualname.split(".")
+    for part in classes:
+        owner = getattr(owner, part, None)
+    for candidate in getattr(owner, "__mro__", (owner,)):
+        if candidate is not None and name in vars(candidate):
+            return Slot(candidate, name), vars(candidate)[name]
+    raise Missing(f"{path} does not exist")
+
+
+def inner_slot(slot: Slot, live: Any) -> tuple[Slot, Any]:
+    """Where the plain function sits: `slot` itself, or the closure cell of the innermost known decorator."""
+    while isinstance(live, FunctionType):
+        cell = shapes.decorator_cell(live)
+        if cell is None:
+            break
+        slot, live = Slot(cell, "cell_contents"), cell.cell_contents
+    return slot, live
+
+
+def live_shape(path: str) -> str | None:
+    """Shape of the live function at `path` as its own module defines it; None if it is missing or somebody else's."""
+    try:
+        _, live = resolve(path)
+    except Missing:
+        return None
+    return shapes.shape_of_function(live) if foreign(path) is None else None
+
+
+def foreign(path: str) -> str | None:
+    """Who has replaced the function at `path` (live function against installed text), or None if it is the module's own."""
+    try:
+        slot, live = resolve(path)
+    except Missing:
+        return None
+    plain = shapes.unwrap(live)
+    file = getattr(sys.modules.get(getattr(slot.owner, "__module__", slot.owner.__name__)), "__file__", None)
+    name = path.partition(":")[2].rpartition(".")[2]
+    own = plain is not None and plain.__code__.co_filename == file and plain.__code__.co_name == name
+    return None if own else describe(live)
+
+
+def describe(live: Any) -> str:
+    """``module.qualname (file:line)`` of a function, as well as it can be told."""
+    module, name = getattr(live, "__module__", None), getattr(live, "__qualname__", type(live).__name__)
+    code = getattr(getattr(live, "__func__", live), "__code__", None)
+    place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
+    return f"{module}.{name}{place}"
+
+
+def put(path: str, replacement: Function) -> list[Entry]:
+    """Put `replacement` at `path`, inside its known decorators, and, for a module's function, at every alias of it.
+
+    An alias is a module attribute that an earlier ``from x import f`` made. Reads back what it wrote.
+    Raises Missing, or RuntimeError when the replacement did not stay.
+    """
+    outer, live = resolve(path)
+    slot, original = inner_slot(outer, live)
+    slots = [slot]
+    if slot is outer and isinstance(slot.owner, ModuleType):
+        slots += _aliases(live, slot)
+    entries = [Entry(place, original, replacement) for place in slots]
+    for entry in entries:
+        entry.slot.set(replacement)
+        if entry.slot.get() is not replacement:
+            raise RuntimeError(f"{path} did not keep its replacement")
+    return entries
+
+
+def _aliases(function: object, known: Slot) -> list[Slot]:
+    found = []
+    for module in list(sys.modules.values()):
+        if not isinstance(module, ModuleType):
+            continue
+        for name, value in list(vars(module).items()):
+            if value is function and not (module is known.owner and name == known.name):
+                found.append(Slot(module, name))
+    return found

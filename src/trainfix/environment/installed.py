@@ -1,0 +1,62 @@
+"""Which packages are installed, in which version and where, from metadata and source text alone: importing nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import DistributionFinder, MetadataPathFinder
+from pathlib import Path
+
+
+class EnvironmentProblem(Exception):
+    """Something installed cannot be read. The message names the file and the next step."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One installed copy of a package. `location` is the folder on the path that holds it."""
+
+    name: str
+    version: str
+    location: Path
+
+
+def find(name: str, paths: Sequence[str] | None = None) -> list[Distribution]:
+    """Every installed copy of `name` along `paths` (default ``sys.path``), the one that an import would take first.
+
+    Raises EnvironmentProblem when a copy's metadata names no version.
+    """
+    copies: dict[Path, Distribution] = {}
+    for path in sys.path if paths is None else paths:
+        context = DistributionFinder.Context(name=name, path=[path or "."])
+        for metadata in MetadataPathFinder.find_distributions(context):
+            location = Path(path or ".").resolve()
+            if location in copies:
+                continue
+            version = metadata.metadata["Version"]
+            if not version:
+                raise EnvironmentProblem(
+                    f"{name} in {location} has no version in its metadata: the installation is broken; "
+                    f"reinstall it with `pip install --force-reinstall --no-deps {name}`"
+                )
+            copies[location] = Distribution(name, version, location)
+    return list(copies.values())
+
+
+def source_text(distribution: Distribution, module: str) -> str | None:
+    """The source of `module` as installed with `distribution`; None if it has no such source file (absent, or only ``.pyc``).
+
+    Raises EnvironmentProblem when the file is there and cannot be read.
+    """
+    stem = distribution.location.joinpath(*module.split("."))
+    for path in (stem.with_suffix(".py"), stem / "__init__.py"):
+        try:
+            return path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            raise EnvironmentProblem(
+                f"cannot read {path}: {error}; make it readable, or reinstall {distribution.name} {distribution.version}"
+            ) from error
+    return None

@@ -1,0 +1,58 @@
+"""TRAINFIX and TRAINFIX_*: environment variables -> one frozen Settings.
+
+Read once, when trainfix is imported; nothing heavy is imported here, not even ``typing``.
+"""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# Every id of the catalogue; tests/advisories keeps this equal to the records.
+ADVISORY_IDS = ("TF-0001", "TF-0003")
+MODES = ("on", "off", "warn", "strict")
+VARIABLES = ("TRAINFIX", "TRAINFIX_DISABLE", "TRAINFIX_QUIET")
+
+
+class SettingsError(ValueError):
+    """A TRAINFIX variable has a value that means nothing. The message lists the valid ones."""
+
+
+class Settings:
+    """What the environment asks for. `disabled` holds advisory ids; `quiet` silences the summary line only;
+    `unknown` holds TRAINFIX_* variables that do not exist."""
+
+    __slots__ = ("disabled", "mode", "quiet", "unknown")
+    mode: str
+    disabled: frozenset[str]
+    quiet: bool
+    unknown: tuple[str, ...]
+
+    def __init__(
+        self, *, mode: str = "on", disabled: frozenset[str] = frozenset(), quiet: bool = False, unknown: tuple[str, ...] = ()
+    ) -> None:
+        for name, value in (("mode", mode), ("disabled", disabled), ("quiet", quiet), ("unknown", unknown)):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Settings are frozen: cannot set {name}")
+
+
+def read(environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from the environment (default ``os.environ``). Raises SettingsError for an unknown value or id."""
+    environ = os.environ if environ is None else environ
+    mode = environ.get("TRAINFIX", "").strip().lower() or "on"
+    if mode not in MODES:
+        raise SettingsError(f"TRAINFIX={environ['TRAINFIX']!r} means nothing; valid: {', '.join(MODES)}")
+    asked = [part.strip().upper() for part in environ.get("TRAINFIX_DISABLE", "").split(",") if part.strip()]
+    for part in asked:
+        if part not in ADVISORY_IDS:
+            raise SettingsError(f"TRAINFIX_DISABLE names {part!r}, no such advisory; valid: {', '.join(ADVISORY_IDS)}")
+    quiet = environ.get("TRAINFIX_QUIET", "").strip() or "0"
+    if quiet not in ("0", "1"):
+        raise SettingsError(f"TRAINFIX_QUIET={quiet!r} means nothing; valid: 0, 1")
+    unknown = tuple(sorted(name for name in environ if name.startswith("TRAINFIX_") and name not in VARIABLES))
+    return Settings(mode=mode, disabled=frozenset(asked), quiet=quiet == "1", unknown=unknown)

@@ -1,0 +1,152 @@
+"""The records of the catalogue are well formed, and what they say about DeepSpeed's releases is what the releases hold.
+
+`python -m tests.advisories.test_records SCHEMA` checks the records against a copy of OSV's own schema (see README.md).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from packaging.version import Version
+
+from tests.support.releases import RELEASES, release
+from trainfix import advisories
+from trainfix.environment.shapes import shape_in_text
+from trainfix.settings import ADVISORY_IDS
+
+FILES = sorted(advisories.RECORDS.glob("*.json"))
+SCHEMA = json.loads(Path(__file__).with_name("record.schema.json").read_text(encoding="utf-8"))
+
+every_record = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return record
+
+
+def shapes_by_release(target: str) -> dict[str, str | None]:
+    """The shape of one function in the source of every release."""
+    module, qualname = target.split(":")
+    source = Path(*module.split(".")).with_suffix(".py")
+    return {version: shape_in_text((release(version) / source).read_text(encoding="utf-8"), qualname) for version in RELEASES}
+
+
+def span(versions: list[str]) -> str:
+    """``0.15.2 to 0.18.2``; fails if a release between them is missing."""
+    first, last = RELEASES.index(versions[0]), RELEASES.index(versions[-1])
+    assert list(RELEASES[first : last + 1]) == versions
+    return versions[0] if first == last else f"{versions[0]} to {versions[-1]}"
+
+
+@every_record
+def test_a_record_fits_the_schema(path: Path) -> None:
+    jsonschema.validate(read(path), SCHEMA, cls=jsonschema.Draft202012Validator)
+
+
+@every_record
+def test_a_record_is_named_after_its_id_and_its_url_too(path: Path) -> None:
+    record = read(path)
+    assert path.stem == record["id"]
+    assert record["database_specific"]["trainfix"]["url"].endswith(f"/patches/{record['id']}/README.md")
+    assert (advisories.patches_folder() / record["id"] / "README.md").is_file()
+
+
+def test_the_ids_known_at_import_are_those_of_the_records() -> None:
+    assert [path.stem for path in FILES] == list(ADVISORY_IDS) == [advisory.id for advisory in advisories.load_all()]
+
+
+@every_record
+def test_ranges_and_versions_agree_over_all_releases(path: Path) -> None:
+    record = read(path)
+    affected = record["affected"][0]
+    (introduced, fixed) = (Version(next(iter(event.values()))) for event in affected["ranges"][0]["events"])
+    assert affected["versions"] == [version for version in RELEASES if introduced <= Version(version) < fixed]
+    assert record["database_specific"]["trainfix"]["last_run"] == RELEASES[-1]
+
+
+@pytest.mark.slow
+@every_record
+def test_the_shapes_of_a_record_are_those_of_the_47_releases(path: Path) -> None:
+    record = read(path)
+    for target, classes in record["database_specific"]["trainfix"]["evidence"].items():
+        found: dict[str | None, list[str]] = {}
+        for version, shape in shapes_by_release(target).items():
+            found.setdefault(shape, []).append(version)
+        said = {
+            shape: text for kind, shapes in classes.items() if kind != "patched" for shape, text in shapes.items()
+        }
+        assert {shape: span(versions) for shape, versions in found.items()} == said
+        assert not set(classes.get("patched", ())) & set(found), "a patched function must look like no release"
+
+
+@pytest.mark.slow
+@every_record
+def test_a_release_is_affected_by_shape_exactly_where_the_record_lists_it(path: Path) -> None:
+    record, advisory = read(path), advisories.load(path.stem)
+    verdicts: dict[str, str] = {}
+    by_target = {target: shapes_by_release(target) for target in advisory.evidence}
+    for version in RELEASES:
+        verdict = advisories.judge(advisory, version, {target: shapes[version] for target, shapes in by_target.items()})
+        assert verdict.by == "shape"
+        verdicts[version] = verdict.verdict
+    assert [version for version in RELEASES if verdicts[version] == "affected"] == record["affected"][0]["versions"]
+
+
+@pytest.fixture
+def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A catalogue of one record that a test may damage."""
+    path = tmp_path / "TF-0001.json"
+    path.write_bytes(FILES[0].read_bytes())
+    monkeypatch.setattr(advisories, "RECORDS", tmp_path)
+    advisories.load_all.cache_clear()
+    yield path
+    advisories.load_all.cache_clear()
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 0.99])
+def test_a_truncated_record_is_named_with_the_next_step(catalogue: Path, kept: float) -> None:
+    whole = catalogue.read_bytes()
+    catalogue.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(advisories.RecordError, match="reinstall") as error:
+        advisories.load_all()
+    assert str(catalogue) in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["evidence", "triggers", "source_patches", "severity"])
+def test_a_record_without_a_key_is_named_with_the_key(catalogue: Path, missing: str) -> None:
+    record = read(catalogue)
+    del record["database_specific"]["trainfix"][missing]
+    catalogue.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(advisories.RecordError, match=missing) as error:
+        advisories.load_all()
+    assert str(catalogue) in str(error.value)
+
+
+def test_a_schema_violation_is_seen() -> None:
+    record = read(FILES[0])
+    record["affected"][0]["ranges"][0]["events"].reverse()
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(record, SCHEMA, cls=jsonschema.Draft202012Validator)
+
+
+def against_osv(schema: Path) -> int:
+    """Print what OSV's own schema has against our records, their ids read as those of a private database."""
+    validator = jsonschema.Draft202012Validator(json.loads(schema.read_text(encoding="utf-8")))
+    problems = [
+        f"{path.stem}: {'/'.join(map(str, problem.path))}: {problem.message}"
+        for path in FILES
+        for problem in validator.iter_errors(read(path) | {"id": f"x_{path.stem}"})
+    ]
+    print("\n".join(problems) or f"{len(FILES)} records fit {schema}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(against_osv(Path(sys.argv[1])))

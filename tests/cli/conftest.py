@@ -1,0 +1,80 @@
+"""The command line on real DeepSpeed releases, run in this process: doctor imports nothing of what it examines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.releases import release
+from trainfix.cli import main
+
+OFFLOADED = {
+    "train_micro_batch_size_per_gpu": 4,
+    "gradient_accumulation_steps": 8,
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one command line gave."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def finding(self, advisory_id: str = "TF-0001") -> Any:
+        """One finding of doctor's JSON."""
+        return next(one for one in self.json["findings"] if one["id"] == advisory_id)
+
+
+@pytest.fixture
+def trainfix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs one command line in an empty current folder, as if DeepSpeed `installed` were installed there."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str, installed: str | Path | None = "0.18.9") -> Answer:
+        with monkeypatch.context() as patch:
+            if installed is not None:
+                patch.syspath_prepend(str(release(installed) if isinstance(installed, str) else installed))
+            code = main(argv)
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Writes a JSON config below the current folder and gives its name."""
+
+    def put(content: Mapping[str, Any] = OFFLOADED, name: str = "ds.json") -> str:
+        (tmp_path / name).write_text(json.dumps(content))
+        return name
+
+    return put
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder on the path with the metadata of packages: name, version, and the lines of METADATA that matter."""
+    folder = tmp_path / "site"
+
+    def install(name: str, version: str, *lines: str) -> Path:
+        metadata = folder / f"{name}-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        head = [f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}", *lines]
+        metadata.write_text("\n".join(head) + "\n\nA description that mentions deepspeed.\n")
+        monkeypatch.syspath_prepend(str(folder))
+        return folder
+
+    return install

@@ -1,0 +1,554 @@
+"""Run many configurations of one real DeepSpeed release in one child process, and say what its optimizer consumed.
+
+From a test: ``run(release_folder, [{"stage": 2, "ga": 8}], trainfix=False)``. By hand, with the release's folder, src
+and the project's root on PYTHONPATH: ``echo '[{"ga": 8}]' | python -m tests.support.experiment`` prints one JSON line
+per configuration.
+
+How it measures, and what it does not rely on:
+- The consumed gradient is what the torch optimizer sees when its `step` begins (a step pre-hook of torch). ZeRO has
+  divided it by the loss scale by then, so nothing is left to undo but clipping, which is one factor that follows from
+  the engine's own norm. Every group's flat partition is gathered from all ranks; a parameter's place in it is where its
+  storage lies in the group's flat buffer. (`grad_position` would say the same, but exists with offload only.)
+- The reference is plain autograd in float64 at the same weights, averaged over the ranks, each window on its own.
+- ``captured`` is a second reference: the micro-batch gradients as they arrive on the owning rank after the reduction.
+  What low precision did before anyone accumulated is in them already, so the error against their sum is the
+  accumulation's own. In stage 1 one sum arrives per window, so there it has no coefficients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "src"
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One run. `driver` is who decides when a window ends:
+
+    every: `backward` and `step` for each micro-batch (OpenRLHF, accelerate up to 1.7)
+    boundary: the boundary is set by hand and `step` is called only there (accelerate since 1.8)
+    accelerate: the engine's GA is 1, several `backward`, boundary set by hand, one `step` (TF-0003)
+    bare: the same without setting the boundary
+
+    `loss_scale` (fp16 only): 0 is dynamic, starting at 2**initial_scale_power. `mask`: '0110' uses a side branch in the
+    second and third micro-batch only. `overflow_window`: targets are 10**4 times as large there. `overlap`: None is the
+    release's default.
+    """
+
+    stage: int = 2
+    offload: bool = True
+    ga: int = 4
+    dtype: str = "fp32"
+    driver: str = "every"
+    windows: int = 3
+    loss_scale: float = 64.0
+    initial_scale_power: int = 12
+    overflow_window: int | None = None
+    overlap: bool | None = None
+    bucket: int = 100_000
+    round_robin: bool = False
+    frozen: bool = False
+    groups: int = 1
+    clip: float = 0.0
+    checkpointing: str = ""
+    mask: str = ""
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        choices = {
+            "dtype": ("fp32", "bf16", "fp16", "autocast"),
+            "driver": ("every", "boundary", "accelerate", "bare"),
+            "checkpointing": ("", "reentrant", "nonreentrant"),
+            "groups": (1, 2),
+            "stage": (1, 2),
+        }
+        for key, valid in choices.items():
+            if getattr(self, key) not in valid:
+                raise ValueError(f"{key} must be one of {valid}, not {getattr(self, key)!r}")
+
+    @property
+    def engine_ga(self) -> int:
+        return 1 if self.driver in ("accelerate", "bare") else self.ga
+
+
+def run(
+    release_folder: str | Path,
+    configurations: Sequence[Mapping[str, Any]],
+    *,
+    trainfix: bool,
+    ranks: int = 1,
+    timeout: float = 300.0,
+    env: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """One result per configuration, in order. What goes wrong is a value: `error` is a text then, else None.
+
+    `trainfix` says whether the child begins with ``import trainfix``; without it trainfix is never imported. `env` is
+    added to the child's environment. When a child dies or runs past `timeout` seconds, what is missing gets an error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = Path(folder, "configurations.json")
+        wanted.write_text(json.dumps([dict(configuration) for configuration in configurations]))
+        lines, problem = _run_children(wanted, _environment(release_folder, trainfix, env), trainfix, ranks, timeout)
+    missing = [{"configuration": dict(c), "error": problem, "windows": []} for c in configurations[len(lines) :]]
+    return lines + missing
+
+
+def _environment(release_folder: str | Path, trainfix: bool, extra: Mapping[str, str] | None) -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("TRAINFIX")}
+    return inherited | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(release_folder), str(SOURCE), str(ROOT)]),
+        "PYTHONWARNINGS": "ignore",
+        "TRAINFIX": "on" if trainfix else "off",
+        **(extra or {}),
+    }
+
+
+def _run_children(
+    wanted: Path, environment: dict[str, str], trainfix: bool, ranks: int, timeout: float
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The lines that the first rank wrote, and why some may be missing."""
+    command = [sys.executable, "-m", "tests.support.experiment", str(wanted)] + (["--trainfix"] if trainfix else [])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = environment | {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    children, logs = [], []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
+        logs.append((wanted.with_name(f"out{rank}").open("w+"), wanted.with_name(f"err{rank}").open("w+")))
+        out, err = logs[-1]
+        children.append(subprocess.Popen(command, env=shared | place, stdout=out, stderr=err, cwd=wanted.parent))
+    problem = _wait(children, timeout)
+    errors = [err.seek(0) or err.read() for _, err in logs]
+    logs[0][0].seek(0)
+    lines = [json.loads(line) for line in logs[0][0].read().splitlines() if line.endswith("}")]
+    for out, err in logs:
+        out.close()
+        err.close()
+    failed = [(rank, child.returncode) for rank, child in enumerate(children) if child.returncode]
+    if problem is None and failed:
+        tails = "; ".join(f"rank {rank} ended with {code}: {errors[rank].strip()[-600:]}" for rank, code in failed)
+        problem = f"the child died: {tails}"
+    return lines, problem
+
+
+def _wait(children: Sequence[subprocess.Popen[bytes]], timeout: float) -> str | None:
+    """Wait for all; when one fails, give the others ten seconds. Why it was cut short, or None."""
+    end = time.monotonic() + timeout
+    reason: str | None = None
+    failed_at: float | None = None
+    while any(child.poll() is None for child in children):
+        if failed_at is None and any(child.returncode for child in children):
+            failed_at = time.monotonic()
+            end = min(end, failed_at + 10)
+        if time.monotonic() > end:
+            if failed_at is None:
+                reason = f"not finished after {timeout:g} s"
+            for child in children:
+                if child.returncode is None:
+                    child.send_signal(signal.SIGKILL)
+                    child.wait()
+            break
+        time.sleep(0.05)
+    return reason
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From here on: in the child.
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", help="JSON list of configurations; default: standard input")
+    parser.add_argument("--trainfix", action="store_true", help="begin with `import trainfix`")
+    arguments = parser.parse_args()
+    text = Path(arguments.file).read_text() if arguments.file else sys.stdin.read()
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    if arguments.trainfix:
+        importlib.import_module("trainfix")
+    untouched = ModuleType("untouched")  # trainfix's own modules under another name, without its activating __init__
+    untouched.__path__ = [str(SOURCE / "trainfix")]
+    sys.modules["untouched"] = untouched
+    deepspeed = _start()
+    for values in json.loads(text):
+        result = _result(deepspeed, values)
+        if deepspeed.comm.get_rank() == 0:
+            print(json.dumps(result), file=out, flush=True)
+    out.close()
+    sys.stderr.flush()
+    os._exit(0)  # with two ranks, tearing gloo down at exit can abort a process that has already answered
+
+
+def _start() -> ModuleType:
+    """Import DeepSpeed on CPU, whatever the release needs for that, and join the process group."""
+    import numpy
+    import torch
+    import torch.distributed.elastic.agent.server.api as agent
+
+    torch.set_num_threads(1)
+    # 0.14.0 to 0.14.3 import names that today's torch and numpy have dropped: elastic training's, and one they never use.
+    for module, name in ((agent, "log"), (agent, "_get_socket_with_port"), (numpy, "BUFSIZE")):
+        if not hasattr(module, name):
+            setattr(module, name, None)
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}.items():
+        os.environ.setdefault(key, value)
+    importlib.import_module("untouched.proofs.experiment").prepare_cpu()
+    deepspeed = importlib.import_module("deepspeed")
+    accelerator = type(deepspeed.get_accelerator())
+    if not deepspeed.get_accelerator().is_fp16_supported():  # up to 0.16.x CPU refuses fp16, though torch can do it
+        accelerator.is_fp16_supported = lambda self: True
+        dtypes = accelerator.supported_dtypes
+        accelerator.supported_dtypes = lambda self: [*dtypes(self), torch.float16]
+    if os.environ["WORLD_SIZE"] == "1":
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False, timeout=timedelta(seconds=60))
+    return deepspeed
+
+
+def _result(deepspeed: ModuleType, values: Mapping[str, Any]) -> dict[str, Any]:
+    begin = time.perf_counter()
+    result: dict[str, Any] = {"configuration": dict(values), "release": deepspeed.__version__, "error": None}
+    result["windows"] = []
+    try:
+        trial = Trial(deepspeed, Configuration(**values))
+        result["windows"].extend(trial.window() for _ in range(trial.configuration.windows))
+        result["parameters"] = _sha256(parameter.detach() for parameter in trial.model.parameters())
+    except Exception as error:  # any failure of the release is a result here
+        result["error"] = f"{type(error).__name__}: {error}"
+    if "trainfix" in sys.modules:
+        result["status"] = _records(sys.modules["trainfix"])
+    trial = None
+    gc.collect()  # engines and their hooks form cycles
+    result["seconds"] = round(time.perf_counter() - begin, 3)
+    return result
+
+
+def _records(trainfix: Any) -> list[dict[str, Any]]:
+    return [record if isinstance(record, dict) else dataclasses.asdict(record) for record in trainfix.status()]
+
+
+class Trial:
+    """One engine, its float64 twin, and what they did so far. Call `window` once per window."""
+
+    def __init__(self, deepspeed: ModuleType, configuration: Configuration) -> None:
+        import torch
+
+        self.configuration = configuration
+        self.deepspeed = deepspeed
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(configuration.dtype, torch.float32)
+        self.model = build_model(configuration).to(self.dtype)
+        self.twin = build_model(dataclasses.replace(configuration, checkpointing="")).double()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.done = 0
+        self.rows: list[torch.Tensor] = []
+        self.seen: dict[int, torch.Tensor] = {}
+        groups = parameter_groups(self.model, configuration)
+        optimizer = torch.optim.AdamW(groups, lr=configuration.lr, weight_decay=0.0)
+        optimizer.register_step_pre_hook(self._see)
+        # 0.18.x with two ranks on CPU: all_gather dies with "Output 0 of Split is a view" unless grad is off.
+        with torch.set_grad_enabled(not deepspeed.__version__.startswith("0.18.")):
+            self.engine, self.zero, *_ = deepspeed.initialize(
+                model=self.model, optimizer=optimizer, config=deepspeed_config(configuration)
+            )
+        self.places = self._places()
+        self.arrived: torch.Tensor = torch.zeros(0)
+        self.current = 0
+        self._watch_arrivals()
+
+    def window(self) -> dict[str, Any]:
+        """Run one window and report on it."""
+        import torch
+
+        number, count = self.done, self.configuration.ga
+        self.done += 1
+        self.twin.load_state_dict(self.model.state_dict())
+        rows = torch.stack([self._reference(number, k) for k in range(count)])
+        elements = rows.shape[1]
+        self.seen, self.arrived = {}, torch.zeros(count, elements, dtype=torch.float64)
+        scale, safe = 1.0, 0.0
+        for k in range(count):
+            last = k == count - 1
+            self.current = k
+            self._backward(number, k)
+            if last:
+                scale = float(getattr(self.zero, "loss_scale", 1.0) or 1.0)
+                safe = self._safe_norm() / scale
+            if last or self.configuration.driver == "every":
+                self.engine.step()
+        report = self._report(rows, scale, safe)
+        self.rows.append(rows)
+        return report
+
+    def _backward(self, number: int, k: int) -> None:
+        engine, configuration = self.engine, self.configuration
+        if configuration.driver in ("boundary", "accelerate"):
+            engine.set_gradient_accumulation_boundary(k == configuration.ga - 1)
+        loss = self._loss(engine, number, k, self.deepspeed.comm.get_rank())
+        engine.backward(loss if configuration.engine_ga > 1 else loss / configuration.ga)
+
+    def _loss(self, model: Any, number: int, k: int, rank: int) -> torch.Tensor:
+        import torch
+
+        configuration = self.configuration
+        twin = model is self.twin
+        inputs, targets = batch(configuration, number, k, rank)
+        inputs, targets = inputs.to(self.dtype), targets.to(self.dtype)
+        if twin:
+            inputs, targets = inputs.double(), targets.double()
+        if configuration.mask:
+            (self.twin if twin else self.model).use_side = configuration.mask[k] == "1"
+        outer = contextlib.nullcontext()
+        if configuration.dtype == "autocast" and not twin and not hasattr(model, "torch_autocast_enabled"):
+            outer = torch.autocast("cpu", dtype=torch.bfloat16)  # before DeepSpeed did it by itself
+        with outer:
+            output = model(inputs)
+        wide = torch.float64 if twin else torch.float32
+        return torch.nn.functional.mse_loss(output.to(wide), targets.to(wide))
+
+    def _reference(self, number: int, k: int) -> torch.Tensor:
+        """What micro-batch k should add to the gradient [elements], float64: its mean over the ranks, divided by GA."""
+        import torch
+
+        parameters = [parameter for parameter in self.twin.parameters() if parameter.requires_grad]
+        ranks = self.deepspeed.comm.get_world_size()
+        total = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
+        for rank in range(ranks):
+            loss = self._loss(self.twin, number, k, rank)
+            total += torch.cat(
+                [
+                    (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1)
+                    for parameter, gradient in zip(
+                        parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+                    )
+                ]
+            )
+        return total / ranks / self.configuration.ga
+
+    def _see(self, optimizer: Any, *_: object) -> None:
+        """Torch's step pre-hook: ZeRO steps one group at a time, whose only parameter is this rank's flat partition."""
+        for group in optimizer.param_groups:
+            (partition,) = group["params"]
+            index = next(i for i, own in enumerate(self.zero.single_partition_of_fp32_groups) if own is partition)
+            self.seen[index] = partition.grad.detach().clone()
+
+    def _places(self) -> list[tuple[int, int]]:
+        """For each trained parameter: its group, and where it starts in the group's flat buffer, in elements."""
+        places = []
+        for parameter in self.trained:
+            address = parameter.data_ptr()
+            for group, flat in enumerate(self.zero.bit16_groups_flat):
+                offset = (address - flat.data_ptr()) // flat.element_size()
+                if 0 <= offset < flat.numel():
+                    places.append((group, offset))
+                    break
+            else:
+                raise RuntimeError("a trained parameter is in no flat group of the ZeRO optimizer")
+        return places
+
+    def _consumed(self) -> torch.Tensor:
+        """All ranks' partitions as the optimizer saw them, in the model's order [elements], float32."""
+        import torch
+
+        flat: list[torch.Tensor] = []
+        for index in range(len(self.zero.bit16_groups_flat)):
+            own = self.seen[index].float().contiguous()
+            parts = [torch.empty_like(own) for _ in range(self.deepspeed.comm.get_world_size())]
+            torch.distributed.all_gather(parts, own)
+            flat.append(torch.cat(parts))
+        pairs = zip(self.trained, self.places, strict=True)
+        return torch.cat([flat[group][start : start + parameter.numel()] for parameter, (group, start) in pairs])
+
+    def _watch_arrivals(self) -> None:
+        """Note every gradient right after the reduction, by wrapping a method of this object (not of its class)."""
+        zero = self.zero
+        reduce = zero.average_tensor
+
+        def average_tensor(tensor: torch.Tensor, *rest: Any) -> Any:
+            answer = reduce(tensor, *rest)
+            entries = zero.ipg_buckets[rest[0]].params if hasattr(zero, "ipg_buckets") else zero.params_in_ipg_bucket
+            for group, which, _ in entries:
+                parameter = zero.bit16_groups[group][which] if isinstance(which, int) else which
+                self._arrive(parameter, zero.get_gradient_for_reduction(parameter))
+            return answer
+
+        zero.average_tensor = average_tensor
+
+    def _arrive(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add what this rank owns of a reduced gradient to the row of the current micro-batch."""
+        index = next(i for i, own in enumerate(self.trained) if own is parameter)
+        before = sum(own.numel() for own in self.trained[:index])
+        group, start = self.places[index]
+        size = self.zero.single_partition_of_fp32_groups[group].numel()
+        first = self.deepspeed.comm.get_rank() * size
+        low, high = max(first - start, 0), min(first + size - start, parameter.numel())
+        if low < high:
+            row = self.arrived[self.current]
+            row[before + low : before + high] += gradient.detach().reshape(-1)[low:high].double()
+
+    def _safe_norm(self) -> float:
+        """|safe_get_full_grad| over all parameters, as it stands before the step (fp16: with the loss scale in it)."""
+        import torch
+
+        utils = importlib.import_module("deepspeed.utils")
+        gradients = [utils.safe_get_full_grad(parameter) for parameter in self.trained]
+        return float(torch.cat([g.detach().double().reshape(-1) for g in gradients if g is not None]).norm())
+
+    def _report(self, rows: torch.Tensor, scale: float, safe: float) -> dict[str, Any]:
+        import torch
+
+        torch.distributed.all_reduce(self.arrived)
+        report: dict[str, Any] = {"skipped": not self.seen, "loss_scale": scale}
+        if not self.seen:
+            return report
+        measure = importlib.import_module("untouched.measure.coefficients").measure
+        consumed = self._consumed()
+        norm = float(self.engine.get_global_grad_norm())
+        clip = self.configuration.clip
+        undone = consumed.double() * (max(1.0, (norm + 1e-6) / clip) if clip else 1.0)
+        found = measure(rows, undone, earlier=torch.cat(self.rows) if self.rows else None)
+        want = float(rows.sum(0).norm()) or 1.0
+        report |= {
+            "coefficients": list(found.current),
+            "earlier": list(found.earlier),
+            "relative_error": found.relative_error,
+            "cosine": found.cosine,
+            "norm_ratio": found.norm_ratio,
+            "residual": found.residual,
+            "global_norm_ratio": norm / want,
+            "safe_norm_ratio": safe / want,
+            "consumed_norm": float(consumed.double().norm()),
+            "sha256": _sha256([consumed]),
+            "captured": self._captured(undone, scale),
+        }
+        return report
+
+    def _captured(self, undone: torch.Tensor, scale: float) -> dict[str, Any]:
+        """The same, against the gradients as they arrived."""
+        measure = importlib.import_module("untouched.measure.coefficients").measure
+        found = measure(self.arrived / scale, undone)
+        single = self.configuration.stage == 1
+        return {"coefficients": None if single else list(found.current), "relative_error": found.relative_error}
+
+
+def build_model(configuration: Configuration) -> Any:
+    """A small network of odd sizes (3407 elements without the side branch), so that parameters straddle partitions."""
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    linear, tanh = torch.nn.Linear, torch.nn.Tanh
+
+    class Network(torch.nn.Module):
+        use_side = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = linear(12, 37)
+            self.blocks = torch.nn.ModuleList(torch.nn.Sequential(linear(37, 37), tanh()) for _ in range(2))
+            self.last = linear(37, 3)
+            if configuration.mask:
+                self.side = linear(12, 37)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            hidden = self.first(inputs)
+            if configuration.mask and self.use_side:
+                hidden = hidden + self.side(inputs)
+            hidden = torch.tanh(hidden)
+            for block in self.blocks:
+                if configuration.checkpointing:
+                    hidden = checkpoint(block, hidden, use_reentrant=configuration.checkpointing == "reentrant")
+                else:
+                    hidden = block(hidden)
+            return self.last(hidden)
+
+    torch.manual_seed(7)
+    model = Network()
+    if configuration.frozen:
+        model.blocks[0][0].weight.requires_grad_(False)
+    return model
+
+
+def parameter_groups(model: Any, configuration: Configuration) -> list[dict[str, Any]]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if configuration.groups == 1:
+        return [{"params": trained}]
+    matrices, vectors = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]
+    return [{"params": matrices}, {"params": vectors, "lr": configuration.lr / 2}]
+
+
+def batch(configuration: Configuration, number: int, k: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    generator = torch.Generator().manual_seed(1_000_003 * number + 1009 * k + rank + 1)
+    inputs, targets = torch.randn(4, 12, generator=generator), torch.randn(4, 3, generator=generator)
+    return inputs, targets * (1e4 if number == configuration.overflow_window else 1.0)
+
+
+def deepspeed_config(configuration: Configuration) -> dict[str, Any]:
+    zero: dict[str, Any] = {
+        "stage": configuration.stage,
+        "reduce_bucket_size": configuration.bucket,
+        "round_robin_gradients": configuration.round_robin,
+        "contiguous_gradients": True,
+    }
+    if configuration.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if configuration.overlap is not None:
+        zero["overlap_comm"] = configuration.overlap
+    scale = {"loss_scale": configuration.loss_scale, "initial_scale_power": configuration.initial_scale_power}
+    precision = {
+        "fp32": {},
+        "bf16": {"bf16": {"enabled": True}},
+        "fp16": {"fp16": {"enabled": True, "loss_scale_window": 2, "hysteresis": 1, **scale}},
+        "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    }[configuration.dtype]
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": configuration.engine_ga,
+        "gradient_clipping": configuration.clip,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        **precision,
+    }
+
+
+def _sha256(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> str:
+    """Of the raw bytes, whatever the type."""
+    import torch
+
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainfix.advisories import load
 from tests.support.releases import release
+from trainfix.advisories import load
 
 from .conftest import OFFLOADED
 
@@ -82,7 +82,10 @@ def test_assumed_import_repairs_it(trainfix, write):
 
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
-    [("TRAINFIX", "off", "TRAINFIX=off"), ("TRAINFIX_DISABLE", "TF-0001", "TRAINFIX_DISABLE switches the repair of TF-0001")],
+    [
+        ("TRAINFIX", "off", "TRAINFIX=off"),
+        ("TRAINFIX_DISABLE", "TF-0001", "TRAINFIX_DISABLE switches the repair of TF-0001"),
+    ],
 )
 def test_a_repair_that_is_switched_off_repairs_nothing(trainfix, write, monkeypatch, variable, value, words):
     monkeypatch.setenv(variable, value)
@@ -132,15 +135,35 @@ def test_without_deepspeed_there_is_nothing_to_find(trainfix):
 @pytest.mark.parametrize(
     ("content", "reachable", "code", "because"),
     [
-        (with_zero(2), "no", 0, "gradient_accumulation_steps = 2 (ds.json); the error needs gradient_accumulation_steps >= 3"),
+        (
+            with_zero(2),
+            "no",
+            0,
+            "gradient_accumulation_steps = 2 (ds.json); the error needs gradient_accumulation_steps >= 3",
+        ),
         (with_zero(3), "yes", 1, "gradient_accumulation_steps = 3 (ds.json)"),
-        (with_zero(stage=1), "no", 0, "zero_optimization.stage = 1 (ds.json); the error needs zero_optimization.stage = 2"),
-        (with_zero(stage=3), "no", 0, "zero_optimization.stage = 3 (ds.json); the error needs zero_optimization.stage = 2"),
+        (
+            with_zero(stage=1),
+            "no",
+            0,
+            "zero_optimization.stage = 1 (ds.json); the error needs zero_optimization.stage = 2",
+        ),
+        (
+            with_zero(stage=3),
+            "no",
+            0,
+            "zero_optimization.stage = 3 (ds.json); the error needs zero_optimization.stage = 2",
+        ),
         (with_zero(offload_optimizer=None), "no", 0, "DeepSpeed takes none"),
         (with_zero(offload_optimizer={"device": "nvme"}), "yes", 1, "NVMe offload does not exist in stages 1 and 2"),
         (with_zero("auto"), "unknown", 3, '"auto"'),
         (with_zero(2, stage="auto"), "no", 0, "gradient_accumulation_steps = 2"),
-        ({"train_micro_batch_size_per_gpu": 1}, "no", 0, "zero_optimization.stage is not set (ds.json): DeepSpeed takes 0"),
+        (
+            {"train_micro_batch_size_per_gpu": 1},
+            "no",
+            0,
+            "zero_optimization.stage is not set (ds.json): DeepSpeed takes 0",
+        ),
     ],
 )
 def test_a_config_decides_whether_the_error_is_reached(trainfix, write, content, reachable, code, because):
@@ -237,7 +260,10 @@ def test_a_requirement_that_forbids_the_repaired_release_is_named(trainfix, writ
     ("lines", "strength"),
     [
         (["Provides-Extra: deepspeed", 'Requires-Dist: deepspeed<0.19,>=0.18.6; extra == "deepspeed"'], "extra"),
-        (["Provides-Extra: ds", 'Requires-Dist: DeepSpeed<0.19; extra == "ds"', "Requires-Dist: deepspeed<=0.18.9"], "requires"),
+        (
+            ["Provides-Extra: ds", 'Requires-Dist: DeepSpeed<0.19; extra == "ds"', "Requires-Dist: deepspeed<=0.18.9"],
+            "requires",
+        ),
         (['Requires-Dist: deepspeed<0.19; sys_platform == "win32"'], None),
         (["Requires-Dist: deepspeed>=0.14.4"], None),
         (["Requires-Dist: deepspeed<0.20,>=0.18.6"], None),
@@ -280,7 +306,7 @@ def test_two_installations_are_both_named_and_the_first_is_judged(trainfix, writ
     text = " ".join(answer.out.split())
     assert "deepspeed is installed 2 times" in text
     assert f"0.18.9 in {release('0.18.9')}; 0.19.8 in {release('0.19.8')}" in text
-    assert "the first is the one that is imported and judged" in text
+    assert "the first is imported, and judged" in text
 
 
 def test_without_source_files_it_cannot_decide(trainfix, write, altered):
@@ -298,7 +324,11 @@ def test_without_source_files_it_cannot_decide(trainfix, write, altered):
 def test_an_unknown_body_in_a_known_release_is_refused(trainfix, write, altered):
     folder = altered()
     file = folder / STAGE_1_AND_2
-    file.write_text(file.read_text().replace("if self.micro_step_id > 0:\n            accumulate", "if True:\n            accumulate"))
+    file.write_text(
+        file.read_text().replace(
+            "if self.micro_step_id > 0:\n            accumulate", "if True:\n            accumulate"
+        )
+    )
     answer = trainfix("doctor", "--config", write(), "--only", "TF-0001", "--assume-import", installed=folder)
     assert answer.code == 3
     assert "its code is not one that we know" in answer.out
@@ -309,10 +339,16 @@ def test_a_release_newer_than_the_catalogue_is_said_to_be_so(trainfix, write, al
     folder = altered("0.99.0")
     answer = trainfix("doctor", "--config", write(), "--only", "TF-0001", installed=folder)
     last_run = newest_run()
-    assert f"deepspeed 0.99.0 is newer than {last_run}, the last release in this catalogue" in " ".join(answer.out.split())
+    assert f"deepspeed 0.99.0 is newer than {last_run}, the last release in this catalogue" in " ".join(
+        answer.out.split()
+    )
     assert answer.code == 1  # its code is a body that we know to be wrong, whatever the version says
     file = folder / STAGE_1_AND_2
-    file.write_text(file.read_text().replace("if self.micro_step_id > 0:\n            accumulate", "if True:\n            accumulate"))
+    file.write_text(
+        file.read_text().replace(
+            "if self.micro_step_id > 0:\n            accumulate", "if True:\n            accumulate"
+        )
+    )
     answer = trainfix("doctor", "--config", "ds.json", "--only", "TF-0001", "--format", "json", installed=folder)
     assert (answer.code, answer.finding()["verdict"]) == (3, "unverified")
 
@@ -371,7 +407,11 @@ def test_the_report_is_written_whole_to_a_file(trainfix, write, tmp_path):
 
 @pytest.mark.parametrize(
     ("output", "words"),
-    [(".", "is a directory"), ("absent/report.json", "is not a directory"), ("/proc/self/report.json", "name a file in a folder")],
+    [
+        (".", "is a directory"),
+        ("absent/report.json", "is not a directory"),
+        ("/proc/self/report.json", "name a file in a folder"),
+    ],
 )
 def test_a_place_that_cannot_be_written_is_a_usage_error(trainfix, write, output, words):
     answer = trainfix("doctor", "--config", write(), "-o", output)

@@ -37,7 +37,7 @@ def reach(advisory: Advisory, config: RunConfig | None) -> Reach:
 
 
 def reach_any(advisory: Advisory, configs: Sequence[RunConfig]) -> Reach:
-    """The answer over all configs: yes if one reaches it, else unknown if one may; with the reasons of those that decide."""
+    """The answer over all configs: yes if one reaches it, else unknown if one may; with the reasons of those."""
     found = [reach(advisory, config) for config in configs] or [reach(advisory, None)]
     kinds: tuple[Reachable, ...] = ("yes", "unknown", "no")
     answer = next(kind for kind in kinds if any(one.reachable == kind for one in found))

@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Undecided, RecordError, EnvironmentProblem, ShapeError) as error:
         return _complain(error, UNDECIDED)
     except ImportError as error:
-        return _complain(f"{error}; reinstall trainfix with its requirements: pip install --force-reinstall trainfix", UNDECIDED)
+        return _complain(
+            f"{error}; reinstall trainfix with its requirements: pip install --force-reinstall trainfix", UNDECIDED
+        )
     except BrokenPipeError:  # the reader of our output has gone, as in `trainfix list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK

@@ -1,4 +1,4 @@
-"""What every command shares: the parser that explains mistakes, the exit codes, and the way a report leaves the program."""
+"""What every command shares: the parser that explains mistakes, the exit codes, and where a report goes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises UsageError instead of leaving the program, and never guesses at shortened options."""
 
     def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, allow_abbrev=False, **options)  # type: ignore[arg-type]
+        super().__init__(*args, **{"allow_abbrev": False, **options})  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}\n{self.format_usage().rstrip()}")
@@ -62,7 +62,9 @@ def advisory_id(word: str) -> str:
 def add_report_options(parser: argparse.ArgumentParser) -> None:
     """--format and -o, the same for every command that writes a report."""
     parser.add_argument("--format", type=one_of("format", ("text", "json")), default="text", metavar="text|json")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the report to FILE (atomically) instead of stdout")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write the report to FILE (atomically) instead of stdout"
+    )
 
 
 def check_output(path: str | None) -> None:

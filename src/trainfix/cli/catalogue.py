@@ -1,4 +1,4 @@
-"""``trainfix list``, ``show ID`` and ``diff ID``: the catalogue, one advisory explained, the source patch for a release."""
+"""``trainfix list``, ``show ID``, ``diff ID``: the catalogue, one advisory explained, the source patch for a release."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainfix import __version__
 
 if TYPE_CHECKING:
-    from trainfix.cli.doctor import Finding, Report
+    from trainfix.cli.examine import Finding, Report
 
 SCHEMA = 1
 
@@ -66,4 +66,6 @@ def _dump(report: dict[str, Any]) -> str:
 def prove_json(proofs: Sequence[Mapping[str, Any]], code: int) -> str:
     """The proofs as one JSON object."""
     packages = {proof["package"]: proof["installed"] for proof in proofs if proof["installed"] is not None}
-    return _dump({"schema": SCHEMA, "trainfix": __version__, "packages": packages, "exit": code, "proofs": list(proofs)})
+    return _dump(
+        {"schema": SCHEMA, "trainfix": __version__, "packages": packages, "exit": code, "proofs": list(proofs)}
+    )

@@ -12,14 +12,16 @@ from trainfix.cli import base
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line of prove."""
-    parser.add_argument("ids", nargs="*", type=base.advisory_id, metavar="ID", help="default: every advisory with a proof")
+    parser.add_argument(
+        "ids", nargs="*", type=base.advisory_id, metavar="ID", help="default: every advisory with a proof"
+    )
     base.add_report_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the experiments one after the other, render, and return the exit code."""
     from trainfix.advisories import load_all
-    from trainfix.proofs import prove
+    from trainfix.proofs import exit_code, prove
 
     base.check_output(args.output)
     ids = list(dict.fromkeys(args.ids)) or [one.id for one in load_all() if one.proof]
@@ -41,20 +43,6 @@ def _rendered(proofs: Sequence[dict[str, Any]], code: int, args: argparse.Namesp
     from trainfix.cli.text import prove_text
 
     return prove_text(proofs, code, colour=base.colours(args.output))
-
-
-def exit_code(proofs: Sequence[dict[str, Any]]) -> int:
-    """0 every applicable error is gone with the fix, 1 one is not, 3 one could not be shown."""
-    codes = {_one(proof) for proof in proofs}
-    return next((code for code in (base.UNREPAIRED, base.UNDECIDED) if code in codes), base.OK)
-
-
-def _one(proof: dict[str, Any]) -> int:
-    if not proof["applicable"]:
-        return base.OK
-    if not proof["reproduced"]:
-        return base.UNDECIDED
-    return {True: base.OK, False: base.UNREPAIRED, None: base.UNDECIDED}[proof["repaired"]]
 
 
 COMMANDS = (("prove", "run each error on the installed packages, without and with the repair", options, run),)

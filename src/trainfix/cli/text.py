@@ -10,7 +10,7 @@ from trainfix import __version__
 from trainfix.cli import base
 
 if TYPE_CHECKING:
-    from trainfix.cli.doctor import Finding, Report
+    from trainfix.cli.examine import Finding, Report
 
 WIDTH = 118
 _COLOURS = {"[X]": "31", "[!]": "33", "[OK]": "32", "[-]": "2"}
@@ -23,7 +23,9 @@ _MEANING = {
 
 def doctor_text(report: Report, *, colour: bool) -> str:
     """The report of doctor: one block per advisory, and a last line with the exit code and what it means."""
-    packages = ", ".join(f"{name} {version}" for name, version in report.packages.items()) or "no known package installed"
+    packages = (
+        ", ".join(f"{name} {version}" for name, version in report.packages.items()) or "no known package installed"
+    )
     lines = [f"trainfix {__version__}, catalogue of {report.catalogue}, python {report.python}, {packages}"]
     lines += [line for remark in report.remarks for line in wrapped("note", remark, indent=0)]
     for finding in report.findings:
@@ -64,7 +66,7 @@ def _installed(finding: Finding) -> str:
         "not-affected": "does not have this error",
         "fixed-upstream": "has the repaired code",
         "fixed-by-source-patch": "was repaired with trainfix's source patch",
-        "unverified": f"is newer than {finding.advisory.last_run}, the last release we ran, and its code is not known to us",
+        "unverified": f"is newer than {finding.advisory.last_run}, the last release we ran, and its code is unknown",
         "unknown": "could not be judged: its code is not one that we know",
     }
     shape = f" (shape {finding.shape})" if finding.by == "shape" else ""
@@ -145,7 +147,9 @@ def prove_text(proofs: Sequence[Mapping[str, Any]], code: int, *, colour: bool) 
 
 
 def _proof(proof: Mapping[str, Any], colour: bool) -> Iterator[str]:
-    installed = f"{proof['package']} {proof['installed']}" if proof["installed"] else f"{proof['package']} is not installed"
+    installed = (
+        f"{proof['package']} {proof['installed']}" if proof["installed"] else f"{proof['package']} is not installed"
+    )
     yield f"{proof['id']}  on {installed}: {_outcome(proof)}"
     if proof["reason"]:
         yield from wrapped("", proof["reason"], indent=0)
@@ -156,7 +160,10 @@ def _proof(proof: Mapping[str, Any], colour: bool) -> Iterator[str]:
     for number, coefficients in enumerate(zip(*(run["coefficients"] for _, run in runs), strict=True), 1):
         yield f"{number:>7}      " + "".join(_bar(value, colour) for value in coefficients).rstrip()
     for key in ("relative_error", "cosine", "norm_ratio"):
-        yield f"{key.replace('_', ' '):<14}".ljust(13) + "".join(f"{run[key]:<{_BAR + 10}.3g}" for _, run in runs).rstrip()
+        yield (
+            f"{key.replace('_', ' '):<14}".ljust(13)
+            + "".join(f"{run[key]:<{_BAR + 10}.3g}" for _, run in runs).rstrip()
+        )
 
 
 def _outcome(proof: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blocker:
-    """An installed package whose requirement excludes every repaired release. `by` is name and version, `requires` as written."""
+    """An installed package whose requirement excludes every repaired release. `by` is its name and version."""
 
     by: str
     requires: str

@@ -1,4 +1,4 @@
-"""How a run is configured: a DeepSpeed JSON file as flat dotted keys, and what DeepSpeed makes of the keys that it lacks.
+"""How a run is configured: a DeepSpeed JSON file as flat dotted keys, and what DeepSpeed makes of absent keys.
 
 The defaults, the old names and the meaning of ``nvme`` are those of the released sources: ``runtime/config.py``,
 ``runtime/zero/config.py``, ``runtime/zero/offload_config.py``, ``runtime/zero/stage_1_and_2.py`` and
@@ -135,7 +135,9 @@ def _accumulation_steps(config: RunConfig) -> Setting:
 def _zenflow_interval(config: RunConfig) -> Setting:
     key = f"{ZENFLOW}.update_interval"
     if config.values.get(key, "auto") == "auto":
-        return Setting(UNKNOWN, f"{key} is auto ({config.source}): ZenFlow chooses the length of the window while it trains")
+        return Setting(
+            UNKNOWN, f"{key} is auto ({config.source}): ZenFlow chooses the length of the window while it trains"
+        )
     setting = _positive(config, key)
     return Setting(setting.value, f"{setting.because}: ZenFlow takes it in place of {STEPS}")
 
@@ -153,7 +155,9 @@ def _derived_steps(config: RunConfig) -> Setting:
     missing = f"{STEPS} is not set ({config.source})"
     given = [key for key in (total, micro) if config.values.get(key) is not None]
     if total not in given and micro not in given:
-        return Setting(UNKNOWN, f"{missing}, and neither is {total} nor {micro}: the program that starts DeepSpeed adds them")
+        return Setting(
+            UNKNOWN, f"{missing}, and neither is {total} nor {micro}: the program that starts DeepSpeed adds them"
+        )
     if total not in given:
         return Setting(1, f"{missing}: DeepSpeed takes 1, as {total} is not set either")
     if config.values[total] == "auto":
@@ -176,7 +180,9 @@ def load(path: str) -> RunConfig:
     except IsADirectoryError:
         raise ConfigError(f"{path} is a directory: name the DeepSpeed JSON file itself{_inside(path)}") from None
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{path}: no such file{_beside(path)}; name the DeepSpeed JSON file that the run uses") from None
+        raise ConfigError(
+            f"{path}: no such file{_beside(path)}; name the DeepSpeed JSON file that the run uses"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): name a DeepSpeed JSON file") from None
     except (OSError, ValueError) as error:
@@ -194,14 +200,18 @@ def _parse(path: str, text: str) -> object:
         keys = [key for key, _ in pairs]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise ConfigError(f"{path}: the key {twice!r} stands twice in one object, which DeepSpeed refuses; remove one")
+            raise ConfigError(
+                f"{path}: the key {twice!r} stands twice in one object, which DeepSpeed refuses; remove one"
+            )
         return dict(pairs)
 
     try:
         return json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
-        raise ConfigError(f"{path}, line {error.lineno} column {error.colno}: {_advice(path, line, error.msg)}") from None
+        raise ConfigError(
+            f"{path}, line {error.lineno} column {error.colno}: {_advice(path, line, error.msg)}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not a usable JSON file ({error}): correct it") from None
 

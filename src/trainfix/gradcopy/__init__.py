@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-# Adding bf16 to float32 in one call makes a float32 copy of the whole operand: 6 to 8 times slower than a C loop from
-# 1e8 elements on. In chunks that stay in the cache it is 1.7 times. (benchmarks/host_accumulate.py)
+# Adding bf16 to float32 in one call makes a float32 copy of the whole operand, in fresh pages each time. Chunks that stay in
+# the cache take a fraction of the time: benchmarks/host_accumulate.py.
 CHUNK_ELEMENTS = 1 << 18
 
 

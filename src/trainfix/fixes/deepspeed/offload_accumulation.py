@@ -71,6 +71,13 @@ def _window(optimizer: Any) -> Window:
     return window
 
 
+def _forget_idle_windows() -> None:
+    """After a revert DeepSpeed's own code may be in mid-window where we remember none: such optimizers are strangers again."""
+    for optimizer, window in list(_windows.items()):
+        if not window.begun:
+            del _windows[optimizer]
+
+
 def _at_boundary(optimizer: Any) -> bool:
     boundary = optimizer.is_gradient_accumulation_boundary
     return bool(boundary() if callable(boundary) else boundary)  # a method from 0.19.5 on
@@ -89,6 +96,7 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
 
     from trainfix import gradcopy
 
+    _forget_idle_windows()
     middle_is_lost = "TF-0001" in advisories
     lone_is_lost = "TF-0003" in advisories
     copy_grads_in_partition = originals[_OPTIMIZER + "copy_grads_in_partition"]

@@ -1,0 +1,238 @@
+"""What doctor examines: every advisory against the installed packages and the run's configs.
+
+Everything is read from metadata and source text: nothing of the examined packages is imported.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+from trainfix import settings
+from trainfix.advisories import Advisory, Verdict, judge, load_all
+from trainfix.advisories.reach import Reach, reach_any
+from trainfix.cli import base
+from trainfix.engine.decide import decide, load_fix, targets_of
+from trainfix.environment.blockers import Blocker, blockers
+from trainfix.environment.installed import Distribution, find, source_text
+from trainfix.environment.runconfig import ZENFLOW, RunConfig
+from trainfix.environment.shapes import shape_in_text
+
+OPEN = ("affected", "unknown", "unverified")  # verdicts that leave something to say
+
+# What a fix leaves alone although it has the error: fix -> config key that shows it -> why. The engine's guards say the
+# same when such an object is built.
+LEFT_ALONE: Mapping[str, Mapping[str, str]] = {
+    "deepspeed.offload_accumulation": {
+        ZENFLOW: "ZenFlow's optimizer inherits the error and is not repaired: with trainfix, training stops with "
+        "UnfixedBugError when it is built",
+    }
+}
+# What no config shows: fix -> the limit of the repair.
+LIMITS: Mapping[str, str] = {
+    "deepspeed.offload_accumulation": "the repair covers DeepSpeedZeroOptimizer itself; a subclass of it is left alone",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One advisory against this installation and these configs. `ignored` is the user's reason for leaving it out."""
+
+    advisory: Advisory
+    installed: str | None
+    verdict: str
+    by: Literal["shape", "version"] | None = None
+    shape: str | None = None
+    reachable: Literal["yes", "no", "unknown"] = "no"
+    because: tuple[str, ...] = ()
+    repair: Literal["available", "refused", "none"] = "none"
+    repaired_by: str | None = None
+    blocked_by: tuple[Blocker, ...] = ()
+    notes: tuple[str, ...] = ()
+    ignored: str | None = None
+
+    @property
+    def repaired(self) -> bool:
+        """Whether the next run will be repaired: a prediction."""
+        return self.repaired_by is not None
+
+    def exit_code(self, *, strict: bool) -> int:
+        """What this finding alone means for the exit code."""
+        grave = self.advisory.severity in ("gradient", "scale") and self.advisory.evidence_level == "proved"
+        settled = self.ignored is not None or self.reachable == "no" or self.repaired or self.verdict not in OPEN
+        if settled or not (grave or strict):
+            return base.OK
+        if self.verdict == "affected" and (self.reachable == "yes" or strict):
+            return base.UNREPAIRED
+        return base.UNDECIDED
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that doctor has to say. `remarks` concern the installation as a whole."""
+
+    catalogue: str
+    python: str
+    packages: Mapping[str, str]
+    active: bool
+    configs: tuple[str, ...]
+    remarks: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    strict: bool
+
+    @property
+    def exit_code(self) -> int:
+        """1 before 3 before 0."""
+        codes = {finding.exit_code(strict=self.strict) for finding in self.findings}
+        return next((code for code in (base.UNREPAIRED, base.UNDECIDED) if code in codes), base.OK)
+
+
+def examine(
+    configs: Sequence[RunConfig],
+    *,
+    assume_import: bool = False,
+    only: Sequence[str] | None = None,
+    ignored: Mapping[str, str] | None = None,
+    strict: bool = False,
+) -> Report:
+    """Judge every advisory (or those in `only`) against what is installed on ``sys.path``.
+
+    `ignored` maps an advisory's id to the user's reason. Raises RecordError, EnvironmentProblem and ShapeError.
+    """
+    advisories = [one for one in load_all() if not only or one.id in only]
+    copies = {package: find(package) for package in sorted({one.package for one in load_all()} | {"torch"})}
+    examiner = _Examiner({package: found[0] for package, found in copies.items() if found}, configs, assume_import)
+    return Report(
+        catalogue=max(one.modified for one in load_all())[:10],
+        python=platform.python_version(),
+        packages=examiner.versions,
+        active=assume_import and settings.read().mode != "off",
+        configs=tuple(config.source for config in configs),
+        remarks=tuple(_remarks(copies, load_all())),
+        findings=tuple(replace(examiner.finding(one), ignored=(ignored or {}).get(one.id)) for one in advisories),
+        strict=strict,
+    )
+
+
+class _Examiner:
+    """Judges one advisory after the other; each source file is read once, and each function hashed once."""
+
+    def __init__(
+        self, installed: Mapping[str, Distribution], configs: Sequence[RunConfig], assume_import: bool
+    ) -> None:
+        self.installed = installed
+        self.versions = {package: copy.version for package, copy in installed.items()}
+        self.configs = configs
+        self.assume_import = assume_import
+        self.texts: dict[str, str | None] = {}
+        self.shapes: dict[str, str | None] = {}
+
+    def finding(self, advisory: Advisory) -> Finding:
+        copy = self.installed.get(advisory.package)
+        if copy is None:
+            return Finding(advisory, None, "not-installed", because=(f"{advisory.package} is not installed",))
+        verdict = judge(advisory, copy.version, self.shapes_of(advisory.evidence))
+        known = Finding(advisory, copy.version, verdict.verdict, verdict.by, verdict.shape)
+        if verdict.verdict not in OPEN:
+            return replace(known, because=(f"{copy.name} {copy.version} does not have this error",))
+        return self._open(known, reach_any(advisory, self.configs), self._sourceless(advisory, copy, verdict))
+
+    def _open(self, known: Finding, reach: Reach, sourceless: str) -> Finding:
+        """The finding where the error is or may be: who reaches it, what repairs it, what stands in the way."""
+        advisory = known.advisory
+        obstacle = self._obstacle(advisory)
+        available = advisory.fix is not None and not obstacle
+        off = _switched_off(advisory) if available else ""
+        limit = LIMITS.get(advisory.fix or "", "") if available else ""
+        fixed_in = advisory.fixed_in
+        return replace(
+            known,
+            reachable=reach.reachable,
+            because=reach.because,
+            repair="available" if available else "refused" if advisory.fix else "none",
+            repaired_by="assumed import" if available and self.assume_import and not off else None,
+            blocked_by=_blockers(advisory.package, fixed_in, advisory.last_run) if fixed_in else (),
+            notes=tuple(note for note in (sourceless or obstacle, off, limit) if note),
+        )
+
+    def _obstacle(self, advisory: Advisory) -> str:
+        """Why the engine would not repair `advisory` here, by its own decision on the installed text; empty if it would."""
+        if advisory.fix is None:
+            return ""
+        for key, why in LEFT_ALONE.get(advisory.fix, {}).items():
+            for config in self.configs:
+                if config.has(key) and reach_any(advisory, [config]).reachable != "no":
+                    return f"{key} is set ({config.source}): {why}"
+        fix = load_fix(advisory.fix)
+        others = {package: found[0].version for package in fix.requires if (found := find(package))}
+        decision = decide(fix, advisory, {**others, **self.versions}, self.shapes_of(targets_of(fix, [advisory])))
+        return "" if decision.state == "applied" else decision.reason
+
+    def _sourceless(self, advisory: Advisory, copy: Distribution, verdict: Verdict) -> str:
+        """The explanation and next step where the source files that decide are missing."""
+        modules = sorted({target.partition(":")[0] for target in advisory.evidence})
+        missing = [module for module in modules if self.text(module) is None]
+        if not missing or verdict.verdict == "affected":
+            return ""
+        return (
+            f"{copy.name} {copy.version} in {copy.location} has no source file for {', '.join(missing)} "
+            "(only compiled code?), so its code cannot be recognised; reinstall it with "
+            f"`pip install --force-reinstall --no-deps {copy.name}=={copy.version}`"
+        )
+
+    def shapes_of(self, paths: Iterable[str]) -> dict[str, str | None]:
+        """path (``module:qualname``) -> shape as installed, None where the source or the function is missing."""
+        return {path: self._shape(path) for path in paths}
+
+    def _shape(self, path: str) -> str | None:
+        if path not in self.shapes:
+            module, _, qualname = path.partition(":")
+            text = self.text(module)
+            self.shapes[path] = None if text is None else shape_in_text(text, qualname)
+        return self.shapes[path]
+
+    def text(self, module: str) -> str | None:
+        """The source of `module`; None if it has no source file."""
+        if module not in self.texts:
+            self.texts[module] = source_text(self.installed[module.partition(".")[0]], module)
+        return self.texts[module]
+
+
+@lru_cache
+def _blockers(package: str, fixed_in: str, newest: str) -> tuple[Blocker, ...]:
+    return blockers(package, fixed_in=fixed_in, newest=newest)
+
+
+def _switched_off(advisory: Advisory) -> str:
+    """How the environment switches the repair of `advisory` off; empty if it does not."""
+    wanted = settings.read()
+    if wanted.mode == "off":
+        return "TRAINFIX=off switches every repair off"
+    if advisory.id in wanted.disabled:
+        return f"TRAINFIX_DISABLE switches the repair of {advisory.id} off"
+    return ""
+
+
+def _remarks(copies: Mapping[str, Sequence[Distribution]], advisories: Sequence[Advisory]) -> Iterator[str]:
+    """What to know about the installed packages before reading the findings."""
+    from packaging.version import InvalidVersion, Version
+
+    last_run = {one.package: one.last_run for one in advisories}
+    for package, found in copies.items():
+        if package not in last_run or not found:
+            continue
+        version = found[0].version
+        if len(found) > 1:
+            listed = "; ".join(f"{copy.version} in {copy.location}" for copy in found)
+            yield f"{package} is installed {len(found)} times ({listed}): the first is imported, and judged"
+        try:
+            newer = Version(version) > Version(last_run[package])
+        except InvalidVersion:
+            yield f"{package} has the version {version!r}, which no standard orders: only its code can be judged"
+            continue
+        if newer:
+            newest = f"{last_run[package]}, the last release in this catalogue"
+            yield f"{package} {version} is newer than {newest}; look for a newer trainfix"

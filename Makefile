@@ -7,7 +7,7 @@
 # PYTHON=...       the interpreter to build .venv with (default: python3.11, else python3)
 # TORCH_INDEX=...  the package index to take torch from (default: see tools/setup.py)
 
-.PHONY: demo test check matrix lint types environment clean
+.PHONY: demo test check matrix lint types releases environment clean
 BIN := .venv/bin
 DEMO := .venv/demo/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -16,11 +16,10 @@ demo:
 	@sh tools/python.sh tools/setup.py demo
 	@$(DEMO)/python demo/run.py
 
-test: lint types
-	$(BIN)/python -m tests.support.releases
+test: lint types releases
 	$(PYTEST)
 
-check: lint types
+check: lint types releases
 	$(PYTEST) -m "not slow"
 
 matrix: environment
@@ -31,6 +30,9 @@ lint: environment
 
 types: environment
 	$(BIN)/mypy
+
+releases: environment
+	$(BIN)/python -m tests.support.releases
 
 environment:
 	@sh tools/python.sh tools/setup.py test

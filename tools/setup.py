@@ -47,8 +47,9 @@ def succeeds(command: list[str]) -> bool:
 
 
 def runs(environment: Path) -> bool:
-    """Whether the environment's interpreter starts."""
-    return succeeds([python_of(environment), "-c", ""])
+    """Whether the environment's interpreter starts and is of the version that runs this."""
+    check = f"import sys; assert sys.version_info[:2] == {sys.version_info[:2]}"
+    return succeeds([python_of(environment), "-c", check])
 
 
 def pip_install(environment: Path, *arguments: str, **variables: str) -> bool:
@@ -86,9 +87,12 @@ def install_torch() -> None:
 
 
 def set_up_base() -> None:
-    """.venv with torch and the tools that build wheels."""
-    if not runs(BASE):
+    """.venv with torch and the tools that build wheels; made anew when the checkout moved or Python changed."""
+    made_for, marker = "{} {}.{}".format(CHECKOUT, *sys.version_info), BASE / ".made-for"
+    moved = marker.is_file() and marker.read_text(encoding="utf-8") != made_for
+    if moved or not runs(BASE):
         venv.create(BASE, clear=True, with_pip=True)
+    marker.write_text(made_for, encoding="utf-8")
     install_torch()
     require(pip_install(BASE, *BUILD_TOOLS), "the build tools")
 

@@ -35,7 +35,10 @@ def shapes_by_release(target: str) -> dict[str, str | None]:
     """The shape of one function in the source of every release."""
     module, qualname = target.split(":")
     source = Path(*module.split(".")).with_suffix(".py")
-    return {version: shape_in_text((release(version) / source).read_text(encoding="utf-8"), qualname) for version in RELEASES}
+    return {
+        version: shape_in_text((release(version) / source).read_text(encoding="utf-8"), qualname)
+        for version in RELEASES
+    }
 
 
 def span(versions: list[str]) -> str:
@@ -79,9 +82,7 @@ def test_the_shapes_of_a_record_are_those_of_the_47_releases(path: Path) -> None
         found: dict[str | None, list[str]] = {}
         for version, shape in shapes_by_release(target).items():
             found.setdefault(shape, []).append(version)
-        said = {
-            shape: text for kind, shapes in classes.items() if kind != "patched" for shape, text in shapes.items()
-        }
+        said = {shape: text for kind, shapes in classes.items() if kind != "patched" for shape, text in shapes.items()}
         assert {shape: span(versions) for shape, versions in found.items()} == said
         assert not set(classes.get("patched", ())) & set(found), "a patched function must look like no release"
 

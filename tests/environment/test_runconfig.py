@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.releases import release
 from trainfix.environment.runconfig import DEVICE, STAGE, STEPS, UNKNOWN, ConfigError, RunConfig, load
 
 
@@ -187,3 +190,75 @@ def test_a_yaml_file_is_told_apart(config):
     Path("accelerate.yaml").write_text("deepspeed_config:\n  zero_stage: 2\n")
     with pytest.raises(ConfigError, match=r"not JSON but YAML"):
         load("accelerate.yaml")
+
+
+BATCH = {"train_micro_batch_size_per_gpu": 2}
+# Every value here is one that we claim to know.
+ASKED = [
+    {**BATCH, STEPS: 8},
+    {**BATCH},
+    {"train_batch_size": 8},
+    {**BATCH, STEPS: None},
+    {**BATCH, "zero_optimization": True},
+    {**BATCH, "zero_optimization": False},
+    {**BATCH, "zero_optimization": {"stage": "2"}},
+    {**BATCH, "zero_optimization": {"stage": 2.0, "offload_optimizer": None}},
+    {**BATCH, "zero_optimization": {"stage": 2, "offload_optimizer": {}}},
+    {**BATCH, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    {**BATCH, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+    {**BATCH, "zero_optimization": {"stage": 2, "cpu_offload": True}},
+    {**BATCH, "zero_optimization": {"stage": 2, "cpu_offload": False}},
+]
+
+_ASK = """
+import json, sys, torch
+import deepspeed.comm.torch
+sys.modules["deepspeed.comm.torch"].build_shm_op = lambda *_, **__: None
+import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig
+
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+for content in json.load(sys.stdin):
+    config = DeepSpeedConfig(content)
+    offload = config.zero_config.offload_optimizer
+    device = offload.device if offload else "none"
+    found = [int(config.zero_optimization_stage), device, config.gradient_accumulation_steps]
+    print("config " + json.dumps(found))
+for stage in (1, 2):
+    model = torch.nn.Linear(4, 1)
+    zero = {"stage": stage, "offload_optimizer": {"device": "nvme"}}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": zero}
+    config["zero_force_ds_cpu_optimizer"] = False
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
+    offloaded, swapped = engine.optimizer.cpu_offload, engine.zero_nvme_offload_optimizer()
+    print("nvme " + json.dumps([type(engine.optimizer).__name__, offloaded, swapped]))
+"""
+
+
+@pytest.fixture(scope="module")
+def deepspeed_says() -> dict[str, list[list[object]]]:
+    """What DeepSpeed 0.18.9 makes of ASKED, and of NVMe offload in stages 1 and 2, on one rank."""
+    env = {**os.environ, "PYTHONPATH": str(release("0.18.9")), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
+    argv = [sys.executable, "-c", _ASK]
+    answer = subprocess.run(argv, input=json.dumps(ASKED), env=env, capture_output=True, text=True, check=False)
+    said: dict[str, list[list[object]]] = {"config": [], "nvme": []}
+    for line in answer.stdout.splitlines():
+        kind, _, value = line.partition(" ")
+        if kind in said:
+            said[kind].append(json.loads(value))
+    assert answer.returncode == 0, answer.stderr
+    return said
+
+
+@pytest.mark.slow
+def test_deepspeed_0_18_9_itself_reads_the_configs_as_we_do(config, deepspeed_says):
+    for content, found in zip(ASKED, deepspeed_says["config"], strict=True):
+        read = config(content)
+        assert [read.value(STAGE), read.value(DEVICE), read.value(STEPS)] == found, content
+
+
+@pytest.mark.slow
+def test_nvme_offload_is_cpu_offload_in_stages_1_and_2_of_0_18_9(deepspeed_says):
+    assert deepspeed_says["nvme"] == [["DeepSpeedZeroOptimizer", True, False]] * 2

@@ -32,11 +32,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +54,10 @@ class Configuration:
     accelerate: the engine's GA is 1, several `backward`, boundary set by hand, one `step` (TF-0003)
     bare: the same without setting the boundary
 
-    `loss_scale` (fp16 only): 0 is dynamic, starting at 2**initial_scale_power. `mask`: '0110' uses a side branch in the
-    second and third micro-batch only. `overflow_window`: targets are 10**4 times as large there. `overlap`: None is the
-    release's default.
+    `engine_steps`: the engine's own accumulation steps where they are not the window's. `extra` is merged into
+    DeepSpeed's configuration, section by section. `loss_scale` (fp16 only): 0 is dynamic, starting at
+    2**initial_scale_power. `mask`: '0110' uses a side branch in the second and third micro-batch only.
+    `overflow_window`: targets are 10**4 times as large there. `overlap`: None is the release's default.
     """
 
     stage: int = 2
@@ -77,6 +78,8 @@ class Configuration:
     checkpointing: str = ""
     mask: str = ""
     lr: float = 1e-3
+    engine_steps: int | None = None
+    extra: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         choices = {
@@ -92,6 +95,8 @@ class Configuration:
 
     @property
     def engine_ga(self) -> int:
+        if self.engine_steps is not None:
+            return self.engine_steps
         return 1 if self.driver in ("accelerate", "bare") else self.ga
 
 
@@ -103,18 +108,30 @@ def run(
     ranks: int = 1,
     timeout: float = 300.0,
     env: Mapping[str, str] | None = None,
+    program: str = "tests.support.experiment",
 ) -> list[dict[str, Any]]:
     """One result per configuration, in order. What goes wrong is a value: `error` is a text then, else None.
 
     `trainfix` says whether the child begins with ``import trainfix``; without it trainfix is never imported. `env` is
-    added to the child's environment. When a child dies or runs past `timeout` seconds, what is missing gets an error.
+    added to the child's environment. `program` is the module that the child runs: one that calls `main`.
+    A configuration that kills its child costs only itself: the others go on in a fresh one. When the release does not
+    start at all, or `timeout` seconds are over, all that is missing gets that error.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        wanted = Path(folder, "configurations.json")
-        wanted.write_text(json.dumps([dict(configuration) for configuration in configurations]))
-        lines, problem = _run_children(wanted, _environment(release_folder, trainfix, env), trainfix, ranks, timeout)
-    missing = [{"configuration": dict(c), "error": problem, "windows": []} for c in configurations[len(lines) :]]
-    return lines + missing
+    environment = _environment(release_folder, trainfix, env)
+    end = time.monotonic() + timeout
+    results: list[dict[str, Any]] = []
+    while len(results) < len(configurations):
+        with tempfile.TemporaryDirectory() as folder:
+            wanted = Path(folder, "configurations.json")
+            wanted.write_text(json.dumps([dict(configuration) for configuration in configurations[len(results) :]]))
+            lines, problem = _run_children(program, wanted, environment, trainfix, ranks, end)
+        results += lines[1:]
+        if problem is None or (len(lines) > 1 and lines[-1]["error"]):
+            continue
+        hopeless = not lines or time.monotonic() > end
+        lost = configurations[len(results) :] if hopeless else configurations[len(results) :][:1]
+        results += [{"configuration": dict(c), "error": problem, "windows": []} for c in lost]
+    return results
 
 
 def _environment(release_folder: str | Path, trainfix: bool, extra: Mapping[str, str] | None) -> dict[str, str]:
@@ -122,7 +139,7 @@ def _environment(release_folder: str | Path, trainfix: bool, extra: Mapping[str,
     return inherited | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(release_folder), str(SOURCE), str(ROOT)]),
+        "PYTHONPATH": os.pathsep.join([str(Path(release_folder).resolve()), str(SOURCE), str(ROOT)]),
         "PYTHONWARNINGS": "ignore",
         "TRAINFIX": "on" if trainfix else "off",
         **(extra or {}),
@@ -130,10 +147,10 @@ def _environment(release_folder: str | Path, trainfix: bool, extra: Mapping[str,
 
 
 def _run_children(
-    wanted: Path, environment: dict[str, str], trainfix: bool, ranks: int, timeout: float
+    program: str, wanted: Path, environment: dict[str, str], trainfix: bool, ranks: int, end: float
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """The lines that the first rank wrote, and why some may be missing."""
-    command = [sys.executable, "-m", "tests.support.experiment", str(wanted)] + (["--trainfix"] if trainfix else [])
+    """The lines that the first rank wrote (the first says that it started), and why some may be missing."""
+    command = [sys.executable, "-m", program, str(wanted)] + (["--trainfix"] if trainfix else [])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -144,7 +161,7 @@ def _run_children(
         logs.append((wanted.with_name(f"out{rank}").open("w+"), wanted.with_name(f"err{rank}").open("w+")))
         out, err = logs[-1]
         children.append(subprocess.Popen(command, env=shared | place, stdout=out, stderr=err, cwd=wanted.parent))
-    problem = _wait(children, timeout)
+    problem = _wait(children, end)
     errors = [err.seek(0) or err.read() for _, err in logs]
     logs[0][0].seek(0)
     lines = [json.loads(line) for line in logs[0][0].read().splitlines() if line.endswith("}")]
@@ -158,9 +175,8 @@ def _run_children(
     return lines, problem
 
 
-def _wait(children: Sequence[subprocess.Popen[bytes]], timeout: float) -> str | None:
+def _wait(children: Sequence[subprocess.Popen[bytes]], end: float) -> str | None:
     """Wait for all; when one fails, give the others ten seconds. Why it was cut short, or None."""
-    end = time.monotonic() + timeout
     reason: str | None = None
     failed_at: float | None = None
     while any(child.poll() is None for child in children):
@@ -169,7 +185,7 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], timeout: float) -> str | 
             end = min(end, failed_at + 10)
         if time.monotonic() > end:
             if failed_at is None:
-                reason = f"not finished after {timeout:g} s"
+                reason = "not finished within the timeout"
             for child in children:
                 if child.returncode is None:
                     child.send_signal(signal.SIGKILL)
@@ -183,7 +199,12 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], timeout: float) -> str | 
 # From here on: in the child.
 
 
-def main() -> None:
+Perform = Callable[[ModuleType, Mapping[str, Any], dict[str, Any]], None]
+"""Runs one configuration on DeepSpeed and writes into the result what it found. May raise: `error` will say it."""
+
+
+def main(perform: Perform | None = None) -> None:
+    """The child's program. `perform` is what another program does with each entry of its list; default: `windows`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", help="JSON list of configurations; default: standard input")
     parser.add_argument("--trainfix", action="store_true", help="begin with `import trainfix`")
@@ -197,13 +218,42 @@ def main() -> None:
     untouched.__path__ = [str(SOURCE / "trainfix")]
     sys.modules["untouched"] = untouched
     deepspeed = _start()
-    for values in json.loads(text):
-        result = _result(deepspeed, values)
-        if deepspeed.comm.get_rank() == 0:
-            print(json.dumps(result), file=out, flush=True)
+    _answer(deepspeed, {"started": True}, out)
+    in_step = True
+    for number, values in enumerate(json.loads(text)):
+        result = _result(deepspeed, values, perform or windows)
+        in_step = _share_error(deepspeed, number, result)
+        _answer(deepspeed, result, out)
+        if not in_step:
+            break
     out.close()
     sys.stderr.flush()
-    os._exit(0)  # with two ranks, tearing gloo down at exit can abort a process that has already answered
+    # Not sys.exit: with two ranks, tearing gloo down can abort a process that has already answered.
+    os._exit(0 if in_step else 3)
+
+
+def _answer(deepspeed: ModuleType, value: dict[str, Any], out: IO[str]) -> None:
+    if deepspeed.comm.get_rank() == 0:
+        print(json.dumps(value), file=out, flush=True)
+
+
+def _share_error(deepspeed: ModuleType, number: int, result: dict[str, Any]) -> bool:
+    """Note another rank's error in `result`. False when the ranks ended differently: collectives no longer match then."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    rank, ranks = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    store = _get_default_store()
+    keys = [f"experiment/{number}/{other}" for other in range(ranks)]
+    store.set(keys[rank], result["error"] or "")
+    try:
+        store.wait(keys, timedelta(seconds=20))
+    except RuntimeError:  # a rank hangs, most likely because it waits for this one
+        result["error"] = result["error"] or "another rank did not finish"
+        return False
+    errors = [store.get(key).decode() for key in keys]
+    others = [f"rank {other}: {error}" for other, error in enumerate(errors) if error]
+    result["error"] = result["error"] or "; ".join(others) or None
+    return all(errors) or not any(errors)
 
 
 def _start() -> ModuleType:
@@ -213,7 +263,7 @@ def _start() -> ModuleType:
     import torch.distributed.elastic.agent.server.api as agent
 
     torch.set_num_threads(1)
-    # 0.14.0 to 0.14.3 import names that today's torch and numpy have dropped: elastic training's, and one they never use.
+    # 0.14.0 to 0.14.3 import names that today's torch and numpy have dropped, and that this experiment does not use.
     for module, name in ((agent, "log"), (agent, "_get_socket_with_port"), (numpy, "BUFSIZE")):
         if not hasattr(module, name):
             setattr(module, name, None)
@@ -232,19 +282,23 @@ def _start() -> ModuleType:
     return deepspeed
 
 
-def _result(deepspeed: ModuleType, values: Mapping[str, Any]) -> dict[str, Any]:
+def windows(deepspeed: ModuleType, values: Mapping[str, Any], result: dict[str, Any]) -> None:
+    """Run all windows of the configuration that `values` describes."""
+    trial = Trial(deepspeed, Configuration(**values))
+    result["windows"].extend(trial.window() for _ in range(trial.configuration.windows))
+    result["parameters"] = trial.parameters()
+
+
+def _result(deepspeed: ModuleType, values: Mapping[str, Any], perform: Perform) -> dict[str, Any]:
     begin = time.perf_counter()
     result: dict[str, Any] = {"configuration": dict(values), "release": deepspeed.__version__, "error": None}
     result["windows"] = []
     try:
-        trial = Trial(deepspeed, Configuration(**values))
-        result["windows"].extend(trial.window() for _ in range(trial.configuration.windows))
-        result["parameters"] = _sha256(parameter.detach() for parameter in trial.model.parameters())
+        perform(deepspeed, values, result)
     except Exception as error:  # any failure of the release is a result here
         result["error"] = f"{type(error).__name__}: {error}"
     if "trainfix" in sys.modules:
         result["status"] = _records(sys.modules["trainfix"])
-    trial = None
     gc.collect()  # engines and their hooks form cycles
     result["seconds"] = round(time.perf_counter() - begin, 3)
     return result
@@ -257,13 +311,13 @@ def _records(trainfix: Any) -> list[dict[str, Any]]:
 class Trial:
     """One engine, its float64 twin, and what they did so far. Call `window` once per window."""
 
-    def __init__(self, deepspeed: ModuleType, configuration: Configuration) -> None:
+    def __init__(self, deepspeed: ModuleType, configuration: Configuration, model: Any = None) -> None:
         import torch
 
         self.configuration = configuration
         self.deepspeed = deepspeed
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(configuration.dtype, torch.float32)
-        self.model = build_model(configuration).to(self.dtype)
+        self.model = build_model(configuration).to(self.dtype) if model is None else model
         self.twin = build_model(dataclasses.replace(configuration, checkpointing="")).double()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.done = 0
@@ -292,26 +346,30 @@ class Trial:
         rows = torch.stack([self._reference(number, k) for k in range(count)])
         elements = rows.shape[1]
         self.seen, self.arrived = {}, torch.zeros(count, elements, dtype=torch.float64)
-        scale, safe = 1.0, 0.0
+        scale, safe = 1.0, None
         for k in range(count):
             last = k == count - 1
             self.current = k
             self._backward(number, k)
             if last:
                 scale = float(getattr(self.zero, "loss_scale", 1.0) or 1.0)
-                safe = self._safe_norm() / scale
+                safe = self._safe_norm()
             if last or self.configuration.driver == "every":
                 self.engine.step()
         report = self._report(rows, scale, safe)
         self.rows.append(rows)
         return report
 
+    def parameters(self) -> str:
+        """sha256 of the model's parameters as they are now."""
+        return _sha256(parameter.detach() for parameter in self.model.parameters())
+
     def _backward(self, number: int, k: int) -> None:
         engine, configuration = self.engine, self.configuration
         if configuration.driver in ("boundary", "accelerate"):
             engine.set_gradient_accumulation_boundary(k == configuration.ga - 1)
         loss = self._loss(engine, number, k, self.deepspeed.comm.get_rank())
-        engine.backward(loss if configuration.engine_ga > 1 else loss / configuration.ga)
+        engine.backward(loss / (configuration.ga / configuration.engine_ga))
 
     def _loss(self, model: Any, number: int, k: int, rank: int) -> torch.Tensor:
         import torch
@@ -412,15 +470,21 @@ class Trial:
             row = self.arrived[self.current]
             row[before + low : before + high] += gradient.detach().reshape(-1)[low:high].double()
 
-    def _safe_norm(self) -> float:
-        """|safe_get_full_grad| over all parameters, as it stands before the step (fp16: with the loss scale in it)."""
+    def _safe_norm(self) -> float | None:
+        """|safe_get_full_grad| over all parameters, as it stands before the step (fp16: with the loss scale in it).
+
+        None with round_robin_gradients on several ranks: there the call itself fails in DeepSpeed, on one rank.
+        """
         import torch
+
+        if self.configuration.round_robin and self.deepspeed.comm.get_world_size() > 1:
+            return None
 
         utils = importlib.import_module("deepspeed.utils")
         gradients = [utils.safe_get_full_grad(parameter) for parameter in self.trained]
         return float(torch.cat([g.detach().double().reshape(-1) for g in gradients if g is not None]).norm())
 
-    def _report(self, rows: torch.Tensor, scale: float, safe: float) -> dict[str, Any]:
+    def _report(self, rows: torch.Tensor, scale: float, safe: float | None) -> dict[str, Any]:
         import torch
 
         torch.distributed.all_reduce(self.arrived)
@@ -442,7 +506,7 @@ class Trial:
             "norm_ratio": found.norm_ratio,
             "residual": found.residual,
             "global_norm_ratio": norm / want,
-            "safe_norm_ratio": safe / want,
+            "safe_norm_ratio": None if safe is None else safe / scale / want,
             "consumed_norm": float(consumed.double().norm()),
             "sha256": _sha256([consumed]),
             "captured": self._captured(undone, scale),
@@ -528,7 +592,7 @@ def deepspeed_config(configuration: Configuration) -> dict[str, Any]:
         "fp16": {"fp16": {"enabled": True, "loss_scale_window": 2, "hysteresis": 1, **scale}},
         "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     }[configuration.dtype]
-    return {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": configuration.engine_ga,
         "gradient_clipping": configuration.clip,
@@ -538,6 +602,9 @@ def deepspeed_config(configuration: Configuration) -> dict[str, Any]:
         "zero_optimization": zero,
         **precision,
     }
+    for section, values in configuration.extra.items():
+        config[section] = {**config.get(section, {}), **values}
+    return config
 
 
 def _sha256(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> str:

@@ -1,6 +1,6 @@
 """The DeepSpeed releases that the tests run, each unpacked once into the user's cache and laid over with PYTHONPATH.
 
-`python -m tests.support.releases [VERSION...]` fills the cache (all releases by default) and prints the folders.
+`python -m tests.support.releases [VERSION...]` fills the cache, with all releases by default.
 The folders outlive the checkout: <cache>/trainfix/releases/deepspeed-<version>/.
 """
 
@@ -99,13 +99,16 @@ def _lock(name: str) -> Iterator[None]:
 
 def main(versions: list[str]) -> int:
     """Fill the cache, two releases at a time."""
+    wanted = versions or RELEASES
+    missing = [version for version in wanted if not (cache_folder() / f"deepspeed-{version}").is_dir()]
     try:
         with ThreadPoolExecutor(max_workers=2) as pool:
-            for folder in pool.map(release, versions or RELEASES):
-                print(folder, flush=True)
+            for done, folder in enumerate(pool.map(release, missing), start=1):
+                print(f"{done} of {len(missing)}: {folder.name}", file=sys.stderr, flush=True)
     except (ReleaseUnavailable, ValueError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
+    print(f"{len(wanted)} releases in {cache_folder()}")
     return 0
 
 

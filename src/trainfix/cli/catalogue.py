@@ -1,4 +1,4 @@
-"""``trainfix list``, ``show ID``, ``diff ID``: the catalogue, one advisory explained, the source patch for a release."""
+"""``trainfix list``, ``show ID``, ``diff ID``: the catalogue, one advisory explained, one source patch."""
 
 from __future__ import annotations
 

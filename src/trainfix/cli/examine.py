@@ -8,7 +8,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 from trainfix import settings
@@ -33,7 +32,8 @@ LEFT_ALONE: Mapping[str, Mapping[str, str]] = {
 }
 # What no config shows: fix -> the limit of the repair.
 LIMITS: Mapping[str, str] = {
-    "deepspeed.offload_accumulation": "the repair covers DeepSpeedZeroOptimizer itself; a subclass of it is left alone",
+    "deepspeed.offload_accumulation": "the repair covers DeepSpeedZeroOptimizer itself; ZenFlow's subclass, which has "
+    "the error too, is refused, and any other subclass is left alone",
 }
 
 
@@ -118,7 +118,7 @@ def examine(
 
 
 class _Examiner:
-    """Judges one advisory after the other; each source file is read once, and each function hashed once."""
+    """Judges one advisory after the other; each file is read once, and each function hashed once."""
 
     def __init__(
         self, installed: Mapping[str, Distribution], configs: Sequence[RunConfig], assume_import: bool
@@ -129,6 +129,7 @@ class _Examiner:
         self.assume_import = assume_import
         self.texts: dict[str, str | None] = {}
         self.shapes: dict[str, str | None] = {}
+        self.blockers: dict[tuple[str, str], tuple[Blocker, ...]] = {}
 
     def finding(self, advisory: Advisory) -> Finding:
         copy = self.installed.get(advisory.package)
@@ -147,19 +148,18 @@ class _Examiner:
         available = advisory.fix is not None and not obstacle
         off = _switched_off(advisory) if available else ""
         limit = LIMITS.get(advisory.fix or "", "") if available else ""
-        fixed_in = advisory.fixed_in
         return replace(
             known,
             reachable=reach.reachable,
             because=reach.because,
             repair="available" if available else "refused" if advisory.fix else "none",
             repaired_by="assumed import" if available and self.assume_import and not off else None,
-            blocked_by=_blockers(advisory.package, fixed_in, advisory.last_run) if fixed_in else (),
+            blocked_by=self._blocked_by(advisory),
             notes=tuple(note for note in (sourceless or obstacle, off, limit) if note),
         )
 
     def _obstacle(self, advisory: Advisory) -> str:
-        """Why the engine would not repair `advisory` here, by its own decision on the installed text; empty if it would."""
+        """Why the engine, by its own decision on the installed text, would not repair `advisory`; empty if it would."""
         if advisory.fix is None:
             return ""
         for key, why in LEFT_ALONE.get(advisory.fix, {}).items():
@@ -183,6 +183,15 @@ class _Examiner:
             f"`pip install --force-reinstall --no-deps {copy.name}=={copy.version}`"
         )
 
+    def _blocked_by(self, advisory: Advisory) -> tuple[Blocker, ...]:
+        """Who forbids the repaired releases. The metadata of all packages is searched once for each upgrade."""
+        if advisory.fixed_in is None:
+            return ()
+        upgrade = (advisory.package, advisory.fixed_in)
+        if upgrade not in self.blockers:
+            self.blockers[upgrade] = blockers(*upgrade, newest=advisory.last_run)
+        return self.blockers[upgrade]
+
     def shapes_of(self, paths: Iterable[str]) -> dict[str, str | None]:
         """path (``module:qualname``) -> shape as installed, None where the source or the function is missing."""
         return {path: self._shape(path) for path in paths}
@@ -199,11 +208,6 @@ class _Examiner:
         if module not in self.texts:
             self.texts[module] = source_text(self.installed[module.partition(".")[0]], module)
         return self.texts[module]
-
-
-@lru_cache
-def _blockers(package: str, fixed_in: str, newest: str) -> tuple[Blocker, ...]:
-    return blockers(package, fixed_in=fixed_in, newest=newest)
 
 
 def _switched_off(advisory: Advisory) -> str:

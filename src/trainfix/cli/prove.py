@@ -21,14 +21,17 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the experiments one after the other, render, and return the exit code."""
     from trainfix.advisories import load_all
-    from trainfix.proofs import exit_code, prove
+    from trainfix.proofs import ChildProblem, exit_code, prove
 
     base.check_output(args.output)
     ids = list(dict.fromkeys(args.ids)) or [one.id for one in load_all() if one.proof]
     proofs = []
     for number, advisory_id in enumerate(ids, 1):
         print(f"trainfix: proof {number} of {len(ids)}: {advisory_id} ...", file=sys.stderr, flush=True)
-        proofs.append(prove(advisory_id, named=advisory_id in args.ids))
+        try:
+            proofs.append(prove(advisory_id, named=advisory_id in args.ids))
+        except ChildProblem as error:
+            raise base.Undecided(str(error)) from error
         print(f"trainfix: {advisory_id} took {proofs[-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
     code = exit_code(proofs)
     base.write_report(_rendered(proofs, code, args), args.output)

@@ -132,7 +132,8 @@ def _summary(report: Report) -> str:
     return f"{counts}: exit {code} ({_MEANING[code]})"
 
 
-_BAR = 12
+_BAR = 12  # characters of a coefficient of 1
+_COLUMN = 22
 _PROVED = {
     base.OK: "every applicable error is gone with the repair",
     base.UNREPAIRED: "an error is still there with the repair",
@@ -143,32 +144,32 @@ _PROVED = {
 def prove_text(proofs: Sequence[Mapping[str, Any]], code: int, *, colour: bool) -> str:
     """The proofs: one block each with a bar per micro-batch coefficient, and a last line with the exit code."""
     lines = [line for proof in proofs for line in (*_proof(proof, colour), "")]
-    return "\n".join([*lines, f"{_PROVED[code]} (exit {code})"]) + "\n"
+    applicable = code != base.OK or any(proof["applicable"] for proof in proofs)
+    said = _PROVED[code] if applicable else "none of these errors applies here"
+    return "\n".join([*lines, f"{said} (exit {code})"]) + "\n"
 
 
 def _proof(proof: Mapping[str, Any], colour: bool) -> Iterator[str]:
-    installed = (
-        f"{proof['package']} {proof['installed']}" if proof["installed"] else f"{proof['package']} is not installed"
-    )
-    yield f"{proof['id']}  on {installed}: {_outcome(proof)}"
-    if proof["reason"]:
-        yield from wrapped("", proof["reason"], indent=0)
+    installed = f" on {proof['package']} {proof['installed']}" if proof["installed"] else ""
+    yield f"{proof['id']}{installed}: {_outcome(proof)}"
+    yield from textwrap.wrap(proof["reason"] or "", WIDTH, initial_indent=" " * 5, subsequent_indent=" " * 5)
     runs = [(name, proof[key]) for name, key in (("without repair", "before"), ("with repair", "after")) if proof[key]]
     if not runs:
         return
-    yield f"{'micro-batch':<13}" + "".join(f"{name:<{_BAR + 10}}" for name, _ in runs).rstrip()
-    for number, coefficients in enumerate(zip(*(run["coefficients"] for _, run in runs), strict=True), 1):
-        yield f"{number:>7}      " + "".join(_bar(value, colour) for value in coefficients).rstrip()
+    yield _row("micro-batch", [name for name, _ in runs])
+    for number, values in enumerate(zip(*(run["coefficients"] for _, run in runs), strict=True), 1):
+        yield _row(f"{number:>6}", [_bar(value, colour) for value in values])
     for key in ("relative_error", "cosine", "norm_ratio"):
-        yield (
-            f"{key.replace('_', ' '):<14}".ljust(13)
-            + "".join(f"{run[key]:<{_BAR + 10}.3g}" for _, run in runs).rstrip()
-        )
+        yield _row(key.replace("_", " "), [f"{run[key]:.3g}" for _, run in runs])
+
+
+def _row(head: str, cells: Sequence[str]) -> str:
+    return f"     {head:<16}" + "".join(f"{cell:<{_COLUMN}}" for cell in cells).rstrip()
 
 
 def _outcome(proof: Mapping[str, Any]) -> str:
-    if not proof["applicable"]:
-        return "does not apply"
+    if proof["applicable"] is False:
+        return "not listed as affected, but the error shows" if proof["reproduced"] else "does not apply"
     if not proof["reproduced"]:
         return "the error did not show" if proof["reproduced"] is False else "could not be run"
     return {True: "shown, and gone with the repair", False: "shown, and NOT repaired", None: "shown"}[proof["repaired"]]
@@ -176,6 +177,6 @@ def _outcome(proof: Mapping[str, Any]) -> str:
 
 def _bar(coefficient: float, colour: bool) -> str:
     length = max(0, min(_BAR, round(coefficient * _BAR)))
-    text = f"{'#' * length:<{_BAR}} {coefficient:6.3f}".ljust(_BAR + 10)
+    text = f"{'#' * length:<{_BAR}} {coefficient:6.3f}".ljust(_COLUMN)
     right = abs(coefficient - 1) <= 1e-3
     return f"\033[{'32' if right else '31'}m{text}\033[0m" if colour else text

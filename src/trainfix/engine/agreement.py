@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
@@ -44,9 +45,8 @@ def disagreement(name: str, digest: str, group: Any, timeout: float | None = Non
 
 
 def _join(group: Any) -> tuple[Any, tuple[int, ...], int] | None:
-    import torch.distributed as dist
-
-    if not dist.is_available() or not dist.is_initialized():
+    dist: Any = sys.modules.get("torch.distributed")  # nobody has a group before it is imported
+    if dist is None or not dist.is_available() or not dist.is_initialized():
         return None
     ranks = tuple(dist.get_process_group_ranks(dist.group.WORLD if group is None else group))
     own = dist.get_rank()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import trainfix
 from trainfix.advisories import Advisory, load, load_all
 from trainfix.engine import agreement, finder, guards, replace, report
-from trainfix.engine.contract import Fix, Guard, keep_until_window_ends
+from trainfix.engine.contract import Fix, Guard, Target, keep_until_window_ends
 from trainfix.engine.decide import Decision, State, decide, load_fix, targets_of
 from trainfix.engine.errors import UnfixedBugError
 from trainfix.engine.targets import TARGETS
@@ -54,9 +55,34 @@ class _Repair:
 
     def in_place(self) -> bool:
         """Whether every target holds one of our replacements now (after a reload it does not)."""
-        live = [replace.inner_slot(*replace.resolve(target.path))[1] for target in self.fix.targets]
         ours = [entry.replacement for entry in self.journal]
-        return bool(ours) and all(any(function is our for our in ours) for function in live)
+        return bool(ours) and all(any(live is our for our in ours) for live in _live(self.fix.targets))
+
+    def make_way(self) -> None:
+        """A target was reloaded. What still stands in a target or guard is taken out, to be judged and replaced anew; a
+        reloaded class or function keeps its entries for those who hold it, and they are undone with the rest."""
+        live = [id(function) for function in _live(self.fix.targets + self.fix.guards)]
+        self.journal = _taken_out(replace.standing(self.journal), live)
+        self.standing = _taken_out(replace.standing(self.standing), live)
+
+
+def _live(places: Sequence[Target | Guard]) -> list[object]:
+    """The innermost function at each place, None where there is none."""
+    found: list[object] = []
+    for place in places:
+        try:
+            slot, live = replace.resolve(place.path)
+        except replace.Missing:
+            found.append(None)
+            continue
+        found.append(replace.inner_slot(slot, live)[1] if isinstance(place, Target) else live)
+    return found
+
+
+def _taken_out(entries: list[replace.Entry], live: list[int]) -> list[replace.Entry]:
+    """Take the entries that are `live` (ids of functions) out; returns the others."""
+    replace.take_out([entry for entry in entries if id(entry.replacement) in live])
+    return [entry for entry in entries if id(entry.replacement) not in live]
 
 
 _lock = threading.RLock()
@@ -89,12 +115,13 @@ def on_import(module: str) -> None:
 
 def _consider(fix: Fix) -> None:
     known = _repairs.get(fix.name)
-    if known is not None and known.journal and known.in_place():
+    if known is not None and known.in_place():
         return _stand_guard(known)
+    if known is not None:
+        known.make_way()
     repair = _decided(fix)
-    if known is not None:  # the target was reloaded: the old class keeps its entries, a module's function is a new one
-        repair.journal = [entry for entry in known.journal if entry.holder() is None]
-        repair.standing = [entry for entry in known.standing if entry.holder() is None]
+    if known is not None:
+        repair.journal, repair.standing = known.journal, known.standing
     _repairs[fix.name] = repair
     if repair.applied - set(_disabled):
         _put_in_place(repair)
@@ -135,8 +162,7 @@ def _put_in_place(repair: _Repair) -> None:
         for path, replacement in fix.build(originals, repair.applied).items():
             done += replace.put(path, replacement)
     except Exception as error:
-        for entry in reversed(done):
-            entry.slot.set(entry.original)
+        replace.take_out(done)
         reason = f"the repair could not be put in place: {type(error).__name__}: {error}"
         repair.decisions = {
             id: Decision("failed", reason, decision.shape) if decision.state == "applied" else decision
@@ -328,8 +354,7 @@ def _undo(repair: _Repair) -> None:
     methods = {entry.slot.name: entry.replacement for entry in repair.journal if isinstance(entry.slot.owner, type)}
     for instance in repair.fix.in_window():
         keep_until_window_ends(instance, methods)
-    for entry in reversed(repair.journal + repair.standing):
-        entry.slot.set(entry.original)
+    replace.take_out(replace.standing(repair.journal) + repair.standing)
     repair.journal.clear()
     repair.standing.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -27,6 +28,9 @@ class Slot:
 
     def set(self, value: object) -> None:
         setattr(self.owner, self.name, value)
+
+    def same(self, other: Slot) -> bool:
+        return self.owner is other.owner and self.name == other.name
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,14 @@ def foreign(path: str) -> str | None:
     except Missing:
         return None
     plain = shapes.unwrap(live)
-    file = getattr(sys.modules.get(getattr(slot.owner, "__module__", slot.owner.__name__)), "__file__", None)
+    module = getattr(slot.owner, "__module__", slot.owner.__name__)
+    file = str(getattr(sys.modules.get(module), "__file__", ""))
     name = path.partition(":")[2].rpartition(".")[2]
-    own = plain is not None and plain.__code__.co_filename == file and plain.__code__.co_name == name
+    own = (
+        plain is not None
+        and plain.__code__.co_name == name
+        and (plain.__code__.co_filename == file or (file.endswith(".pyc") and plain.__module__ == module))
+    )
     return None if own else describe(live)
 
 
@@ -109,21 +118,42 @@ def put(path: str, replacement: Function) -> list[Entry]:
     slot, original = inner_slot(outer, live)
     slots = [slot]
     if slot is outer and isinstance(slot.owner, ModuleType):
-        slots += _aliases(live, slot)
-    entries = [Entry(place, original, replacement) for place in slots]
-    for entry in entries:
-        entry.slot.set(replacement)
-        if entry.slot.get() is not replacement:
-            raise RuntimeError(f"{path} did not keep its replacement")
-    return entries
+        slots += [alias for alias in _aliases(live) if not alias.same(slot)]
+    done = []
+    try:
+        for place in slots:
+            place.set(replacement)
+            done.append(Entry(place, original, replacement))
+            if place.get() is not replacement:
+                raise RuntimeError(f"{path} did not keep its replacement")
+    except Exception:
+        take_out(done)
+        raise
+    return done
 
 
-def _aliases(function: object, known: Slot) -> list[Slot]:
-    found = []
-    for module in list(sys.modules.values()):
-        if not isinstance(module, ModuleType):
-            continue
-        for name, value in list(vars(module).items()):
-            if value is function and not (module is known.owner and name == known.name):
-                found.append(Slot(module, name))
+def take_out(entries: Sequence[Entry]) -> None:
+    """Put the originals back, in reverse order."""
+    for entry in reversed(entries):
+        entry.slot.set(entry.original)
+
+
+def standing(journal: Sequence[Entry]) -> list[Entry]:
+    """The entries whose replacement is still there, with one more for every alias of a module's function taken since."""
+    found = [entry for entry in journal if entry.holder() is None]
+    of_modules = {id(entry.replacement): entry for entry in journal if isinstance(entry.slot.owner, ModuleType)}
+    for entry in of_modules.values():
+        for alias in _aliases(entry.replacement):
+            if not any(alias.same(one.slot) for one in found):
+                found.append(Entry(alias, entry.original, entry.replacement))
     return found
+
+
+def _aliases(function: object) -> list[Slot]:
+    return [
+        Slot(module, name)
+        for module in list(sys.modules.values())
+        if isinstance(module, ModuleType)
+        for name, value in list(vars(module).items())
+        if value is function
+    ]

@@ -23,10 +23,11 @@ class Blocker:
     strength: Literal["requires", "extra"]
 
 
-def blockers(package: str, *, fixed_in: str, newest: str, paths: Sequence[str] | None = None) -> tuple[Blocker, ...]:
-    """Every installed package along `paths` (default ``sys.path``) that admits no release of `package` from `fixed_in` on.
+def blockers(package: str, fixed_in: str, *, newest: str, paths: Sequence[str] | None = None) -> tuple[Blocker, ...]:
+    """Every installed package along `paths` (default ``sys.path``) that admits no repaired release of `package`.
 
-    `newest` is the newest release known.
+    Repaired are the releases from `fixed_in` on; `newest` is the newest one known. trainfix itself is left out: its
+    demo pins the release that it demonstrates.
     """
     asks = re.compile(rf"(?im)^(?:Requires-Dist:)?\s*{re.sub('[-_.]+', '[-_.]+', package)}\b(?![-_.]\w)")
     found: dict[str, Blocker | None] = {}
@@ -35,7 +36,7 @@ def blockers(package: str, *, fixed_in: str, newest: str, paths: Sequence[str] |
         if not asks.search(text):
             continue  # the quick look: parsing all the metadata would take most of doctor's time
         name = _normal(distribution.metadata["Name"] or "")
-        if name not in found:  # the first copy on the path is the one that counts
+        if name not in found and name != "trainfix":  # the first copy on the path is the one that counts
             found[name] = _blocker(distribution, package, fixed_in, newest)
     return tuple(blocker for _, blocker in sorted(found.items()) if blocker is not None)
 
@@ -60,7 +61,7 @@ def _blocker(distribution: Distribution, package: str, fixed_in: str, newest: st
 
 
 def _admits(specifier: SpecifierSet, fixed_in: str, newest: str) -> bool:
-    """Whether a repaired release satisfies `specifier`: the first, the newest, or one that it names itself (==0.19.1)."""
+    """Whether a repaired release satisfies `specifier`: the first, the newest, or one that it names (==0.19.1)."""
     from packaging.version import InvalidVersion, Version
 
     candidates = {Version(fixed_in), Version(newest)}

@@ -132,9 +132,7 @@ def applicability(advisory: Any, search_path: list[str]) -> Applicability:
     return Applicability(advisory.package, copy.version, known, reason)
 
 
-def _experiment(
-    advisory_id: str, found: Applicability, python: str, environment: Mapping[str, str]
-) -> dict[str, Any]:
+def _experiment(advisory_id: str, found: Applicability, python: str, environment: Mapping[str, str]) -> dict[str, Any]:
     """Both runs at the same time, and what follows. A release that is known to be right gets the first only."""
     proof = advisory_id.lower().replace("-", "_")
     with ThreadPoolExecutor(max_workers=2) as pool:

@@ -41,7 +41,9 @@ def prepare_cpu() -> None:
             if importlib.util.find_spec(name) is None:
                 sys.modules[name] = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None))
     importlib.import_module("deepspeed.comm.torch")
-    # Not the attribute `deepspeed.comm.torch`, which is torch itself. The op is a speed-up that takes a minute to build.
+    if version == "0.14.0":
+        sys.modules["deepspeed"].get_accelerator()._communication_backend_name = "gloo"  # later releases choose it
+    # Not the attribute `deepspeed.comm.torch`, which is torch itself. The op is a speed-up that takes long to build.
     communication: Any = sys.modules["deepspeed.comm.torch"]
     if hasattr(communication, "build_shm_op"):
         communication.build_shm_op = lambda *_, **__: None

@@ -2,8 +2,8 @@
 
     python benchmarks/host_accumulate.py [--elements 30000000] [--rounds 7] [--json FILE]
 
-Prints the median over rounds of time(one call) / time(chunks), both measured in turns in this process, and checks that both
-give the same bits.
+Prints the median over rounds of time(one call) / time(chunks), both measured in turns in this process, and checks
+that both give the same bits.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""trainfix repairs silent training errors in the installed stack: ``import trainfix`` in the training script is all it takes.
+"""trainfix repairs silent training errors in the installed stack: ``import trainfix`` in the training script is all
+it takes.
 
 Where the import stands does not matter. Public names: `status`, `apply`, `revert`, `UnfixedBugError`, `__version__`.
 """
 
 from __future__ import annotations
+
+import sys
 
 from trainfix.engine.finder import activate
 
@@ -35,4 +38,13 @@ def __dir__() -> list[str]:
     return __all__
 
 
-activate()
+def _is_command_line() -> bool:
+    """Whether this process is trainfix's own command, which examines a stack and is no run to be repaired itself."""
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if program == "-m":  # what runpy leaves there while it imports the package of `python -m trainfix`
+        return ["-m", "trainfix"] in [sys.orig_argv[i : i + 2] for i in range(len(sys.orig_argv))]
+    return program.replace("\\", "/").rpartition("/")[2] in ("trainfix", "trainfix.exe")
+
+
+if not _is_command_line():
+    activate()

@@ -32,7 +32,12 @@ class Settings:
     unknown: tuple[str, ...]
 
     def __init__(
-        self, *, mode: str = "on", disabled: frozenset[str] = frozenset(), quiet: bool = False, unknown: tuple[str, ...] = ()
+        self,
+        *,
+        mode: str = "on",
+        disabled: frozenset[str] = frozenset(),
+        quiet: bool = False,
+        unknown: tuple[str, ...] = (),
     ) -> None:
         for name, value in (("mode", mode), ("disabled", disabled), ("quiet", quiet), ("unknown", unknown)):
             object.__setattr__(self, name, value)

@@ -8,7 +8,8 @@ beginnings of the longer ones.
 
 from __future__ import annotations
 
-import ast  # noqa: F401  what follows is imported to be warm, so that each child starts fast
+import ast  # noqa: F401  imported, as others below, to be warm: each child starts fast then
+import gc
 import hashlib  # noqa: F401
 import importlib
 import importlib.metadata
@@ -298,8 +299,10 @@ def _in_child(sequence: tuple[str, ...], writer: int) -> None:
 
 
 def main(folder: str, part: str, parts: str) -> None:
+    sys.dont_write_bytecode, sys.pycache_prefix = False, f"{folder}/bytecode"  # compiled once, not in every child
     standin.arm(Path(folder))
     importlib.metadata.version("standin")  # warm: it imports the parser of metadata
+    gc.freeze()
     wanted = itertools.islice(sequences(), int(part), None, int(parts))
     complaints, count = [], 0
     for sequence in wanted:

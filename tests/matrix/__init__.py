@@ -1,7 +1,8 @@
-"""Every release of DeepSpeed, really run: wrong before where it is affected, right after, untouched or identical elsewhere.
+"""Every release of DeepSpeed, really run: wrong before where it is affected, right after, untouched or identical
+elsewhere.
 
-`make matrix` runs all of them and keeps the table docs/matrix.json; tests/matrix/test_matrix.py runs one release for each
-distinct combination of the shapes that decide, and both ends of every band.
+`make matrix` runs all of them and keeps the table docs/matrix.json; tests/matrix/test_matrix.py runs one release for
+each distinct combination of the shapes that decide, and both ends of every band.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ TABLE = ROOT / "docs" / "matrix.json"
 PACKAGE = "deepspeed"
 Row = dict[str, Any]
 
-# Coefficients of dropped micro-batches are 0; those of bf16 sums stray from 1 by a few thousandths (severity precision).
+# Coefficients of dropped micro-batches are 0; those of bf16 sums stray from 1 by a few thousandths (severity
+# precision).
 _DROPPED = 0.5
 # What DESIGN asks of a repaired window.
 _COEFFICIENT_TOLERANCE, _RELATIVE_TOLERANCE = 1e-3, 1e-6
@@ -161,7 +164,7 @@ def representatives() -> list[str]:
     for version in RELEASES:
         if affected(version):
             chosen.setdefault(shapes(version), version)
-    for older, newer in zip(RELEASES, RELEASES[1:], strict=False):
+    for older, newer in pairwise(RELEASES):
         if affected(older) != affected(newer):
             chosen |= {older: older, newer: newer}
     ends = {RELEASES[0], RELEASES[-1], *chosen.values()}
@@ -170,8 +173,8 @@ def representatives() -> list[str]:
 
 def digest() -> str:
     """Of everything a row depends on: a row with another digest is run again."""
-    folders = ("src/trainfix/engine", "src/trainfix/fixes", "src/trainfix/gradcopy", "src/trainfix/advisories", "src/trainfix/measure")
-    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".json")]
+    rooms = [ROOT / "src" / "trainfix" / room for room in ("engine", "fixes", "gradcopy", "advisories", "measure")]
+    files = [path for room in rooms for path in sorted(room.rglob("*")) if path.suffix in (".py", ".json")]
     files += [ROOT / "tests/support/experiment.py", ROOT / "tests/matrix/__init__.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 

@@ -14,8 +14,8 @@ from tests.support.releases import RELEASES
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
-    parser.add_argument("releases", nargs="*", metavar="RELEASE", help="run these again (default: all that are out of date)")
-    parser.add_argument("--render", action="store_true", help="only write the tables that are made from docs/matrix.json")
+    parser.add_argument("releases", nargs="*", metavar="RELEASE", help="run these (default: all that are out of date)")
+    parser.add_argument("--render", action="store_true", help="only write the tables made from docs/matrix.json")
     options = parser.parse_args()
     unknown = set(options.releases) - set(RELEASES)
     if unknown:
@@ -40,7 +40,8 @@ def _run(versions: list[str], rows: dict[str, matrix.Row]) -> None:
             row = job.result()
             rows[row["release"]] = row
             matrix.save(rows)
-            print(f"[{done}/{len(jobs)}] {row['release']}: {len(row['complaints'])} complaints", file=sys.stderr, flush=True)
+            progress = f"[{done}/{len(jobs)}] {row['release']}: {len(row['complaints'])} complaints"
+            print(progress, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

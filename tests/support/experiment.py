@@ -238,7 +238,7 @@ def _answer(deepspeed: ModuleType, value: dict[str, Any], out: IO[str]) -> None:
 
 
 def _share_error(deepspeed: ModuleType, number: int, result: dict[str, Any]) -> bool:
-    """Note another rank's error in `result`. False when the ranks ended differently: collectives no longer match then."""
+    """Note another rank's error in `result`. False when the ranks ended differently: they are out of step then."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     rank, ranks = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
@@ -362,7 +362,7 @@ class Trial:
 
     def parameters(self) -> str:
         """sha256 of the model's parameters as they are now."""
-        return _sha256(parameter.detach() for parameter in self.model.parameters())
+        return sha256(parameter.detach() for parameter in self.model.parameters())
 
     def _backward(self, number: int, k: int) -> None:
         engine, configuration = self.engine, self.configuration
@@ -508,7 +508,7 @@ class Trial:
             "global_norm_ratio": norm / want,
             "safe_norm_ratio": None if safe is None else safe / scale / want,
             "consumed_norm": float(consumed.double().norm()),
-            "sha256": _sha256([consumed]),
+            "sha256": sha256([consumed]),
             "captured": self._captured(undone, scale),
         }
         return report
@@ -607,7 +607,7 @@ def deepspeed_config(configuration: Configuration) -> dict[str, Any]:
     return config
 
 
-def _sha256(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> str:
+def sha256(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> str:
     """Of the raw bytes, whatever the type."""
     import torch
 

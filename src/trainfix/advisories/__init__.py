@@ -34,8 +34,8 @@ class UnknownAdvisory(Exception):
 
 @dataclass(frozen=True)
 class Trigger:
-    """One condition that a run must meet to reach the error. Either `key` with `equals` or `at_least`, or `when`: a text
-    for what no config file can show."""
+    """One condition that a run must meet to reach the error. Either `key` with `equals` or `at_least`, or `when`: a
+    text for what no config file can show."""
 
     key: str | None = None
     equals: tuple[object, ...] = ()
@@ -80,7 +80,8 @@ class Advisory:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one advisory means for one installed release. `shape` is the deciding evidence shape, None if decided by version."""
+    """What one advisory means for one installed release. `shape` is the deciding evidence shape, None if decided by
+    version."""
 
     verdict: VerdictName
     by: Literal["shape", "version"]
@@ -156,7 +157,8 @@ def _trigger(
 def judge(advisory: Advisory, version: str, shapes: Mapping[str, str | None]) -> Verdict:
     """The verdict on one installed release, from the shapes of the advisory's evidence functions.
 
-    The shape decides; the version only narrows. `shapes` maps target -> shape, None where the function or its source is missing.
+    The shape decides; the version only narrows. `shapes` maps target -> shape, None where the function or its source
+    is missing.
     """
     for target, known in advisory.evidence.items():
         shape = shapes.get(target)
@@ -176,7 +178,8 @@ _VERDICT_OF: Mapping[ShapeClass, VerdictName] = {
 
 
 def _by_version(advisory: Advisory, version: str) -> VerdictName:
-    """Unknown shape: newer than the last release we ran is unverified, older than the range is not affected, else unknown."""
+    """Unknown shape: newer than the last release we ran is unverified, older than the range is not affected, else
+    unknown."""
     from packaging.version import InvalidVersion, Version
 
     try:
@@ -191,6 +194,7 @@ def _by_version(advisory: Advisory, version: str) -> VerdictName:
 
 
 def patches_folder() -> Path:
-    """The folder of the source patches: ``trainfix/patches`` in an installed wheel, ``patches`` at the root of a checkout."""
+    """The folder of the source patches: ``trainfix/patches`` in an installed wheel, ``patches`` at the root of a
+    checkout."""
     installed = _PACKAGE / "patches"
     return installed if installed.is_dir() else _PACKAGE.parent.parent / "patches"

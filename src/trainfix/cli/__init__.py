@@ -17,10 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from trainfix.advisories import RecordError
     from trainfix.environment.installed import EnvironmentProblem
     from trainfix.environment.shapes import ShapeError
+    from trainfix.settings import SettingsError, read
 
     try:
+        read()
         return _run(sys.argv[1:] if argv is None else list(argv))
-    except UsageError as error:
+    except (UsageError, SettingsError) as error:
         return _complain(error, USAGE)
     except (Undecided, RecordError, EnvironmentProblem, ShapeError) as error:
         return _complain(error, UNDECIDED)

@@ -17,24 +17,10 @@ from trainfix.cli import base
 from trainfix.engine.decide import decide, load_fix, targets_of
 from trainfix.environment.blockers import Blocker, blockers
 from trainfix.environment.installed import Distribution, find, source_text
-from trainfix.environment.runconfig import ZENFLOW, RunConfig
+from trainfix.environment.runconfig import RunConfig
 from trainfix.environment.shapes import shape_in_text
 
 OPEN = ("affected", "unknown", "unverified")  # verdicts that leave something to say
-
-# What a fix leaves alone although it has the error: fix -> config key that shows it -> why. The engine's guards say the
-# same when such an object is built.
-LEFT_ALONE: Mapping[str, Mapping[str, str]] = {
-    "deepspeed.offload_accumulation": {
-        ZENFLOW: "ZenFlow's optimizer inherits the error and is not repaired: with trainfix, training stops with "
-        "UnfixedBugError when it is built",
-    }
-}
-# What no config shows: fix -> the limit of the repair.
-LIMITS: Mapping[str, str] = {
-    "deepspeed.offload_accumulation": "the repair covers DeepSpeedZeroOptimizer itself; ZenFlow's subclass, which has "
-    "the error too, is refused, and any other subclass is left alone",
-}
 
 
 @dataclass(frozen=True)
@@ -147,7 +133,7 @@ class _Examiner:
         obstacle = self._obstacle(advisory)
         available = advisory.fix is not None and not obstacle
         off = _switched_off(advisory) if available else ""
-        limit = LIMITS.get(advisory.fix or "", "") if available else ""
+        limit = load_fix(advisory.fix).limits if available and advisory.fix else ""
         return replace(
             known,
             reachable=reach.reachable,
@@ -162,11 +148,11 @@ class _Examiner:
         """Why the engine, by its own decision on the installed text, would not repair `advisory`; empty if it would."""
         if advisory.fix is None:
             return ""
-        for key, why in LEFT_ALONE.get(advisory.fix, {}).items():
+        fix = load_fix(advisory.fix)
+        for key, why in fix.leaves_alone.items():
             for config in self.configs:
                 if config.has(key) and reach_any(advisory, [config]).reachable != "no":
                     return f"{key} is set ({config.source}): {why}"
-        fix = load_fix(advisory.fix)
         others = {package: found[0].version for package in fix.requires if (found := find(package))}
         decision = decide(fix, advisory, {**others, **self.versions}, self.shapes_of(targets_of(fix, [advisory])))
         return "" if decision.state == "applied" else decision.reason

@@ -1,4 +1,5 @@
-"""All ranks of a process group run the same repair, or every rank that has trainfix raises: never a silent mixture, never a hang."""
+"""All ranks of a process group run the same repair, or every rank that has trainfix raises: never a silent mixture,
+never a hang."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ _agreed: set[tuple[str, int, tuple[int, ...]]] = set()
 def disagreement(name: str, digest: str, group: Any, timeout: float | None = None) -> str | None:
     """Publish this rank's `digest` of the fix `name` in the group's store, wait for the others, and compare.
 
-    Returns None if all agree or there is nothing to agree on (no group, one rank, no store), else which ranks are missing or
-    different. Waits at most `timeout` seconds (default TIMEOUT_SECONDS). A group agrees once per fix, under the restart count.
+    Returns None if all agree or there is nothing to agree on (no group, one rank, no store), else which ranks are
+    missing or different. Waits at most `timeout` seconds (default TIMEOUT_SECONDS). A group agrees once per fix,
+    under the restart count.
     """
     joined = _join(group)
     if joined is None:
@@ -32,7 +34,8 @@ def disagreement(name: str, digest: str, group: Any, timeout: float | None = Non
     except RuntimeError as error:  # torch's DistError: the rank that holds the store is gone
         return f"the ranks' store cannot be reached ({error}): the rank that holds it has ended"
     complaints = [
-        f"rank {rank} did not answer within {timeout:g} s (trainfix is missing, off or disabled there, or that rank has ended)"
+        f"rank {rank} did not answer within {timeout:g} s "
+        "(trainfix is missing, off or disabled there, or that rank has ended)"
         if value is None
         else f"rank {rank} runs {value}"
         for rank, value in found.items()

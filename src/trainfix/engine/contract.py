@@ -33,11 +33,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Guard:
-    """Where a run shows that it reaches an error. The engine wraps `path`; `reached` maps an advisory to a predicate that
-    gets the call's own arguments and returns the reason, or None.
+    """Where a run shows that it reaches an error. The engine wraps `path`; `reached` maps an advisory to a predicate
+    that gets the call's own arguments and returns the reason, or None.
 
-    A constructor's predicate looks at the object once it is built. Any other method's predicate is asked before the call,
-    and only where the repair is not in place.
+    A constructor's predicate looks at the object once it is built. Any other method's predicate is asked before the
+    call, and only where the repair is not in place.
     """
 
     path: str
@@ -58,10 +58,12 @@ class Fix:
 
     name: as in the advisories' records, ``package.module`` below ``trainfix.fixes``.
     requires: version specifiers over packages, all of which must hold (``{"deepspeed": ">=0.14.0"}``).
-    targets: what is replaced or wrapped. relies_on: neighbours whose meaning the fix assumes; unknown there means refuse.
+    targets: what is replaced or wrapped. relies_on: neighbours whose meaning the fix assumes; unknown there means
+    refuse.
     build: (originals by path, advisories to repair) -> replacements by path.
     repairs: whether a built object is one that this fix looks after. group: its process group, or None.
     in_window: the objects that are in the middle of a window right now.
+    limits: what the repair does not cover, in one sentence. leaves_alone: config keys that show such a run -> why.
     """
 
     name: str
@@ -75,6 +77,8 @@ class Fix:
     repairs: Callable[[Any], bool]
     group: Callable[[Any], Any]
     in_window: Callable[[], Iterable[object]] = field(default=tuple)
+    limits: str = ""
+    leaves_alone: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def modules(self) -> frozenset[str]:
@@ -86,7 +90,8 @@ _KEPT = "_trainfix_kept"
 
 
 def keep_until_window_ends(instance: object, methods: Mapping[str, Function]) -> None:
-    """Let `instance`, which is in mid-window, finish that window with these methods although its class is being restored."""
+    """Let `instance`, which is in mid-window, finish that window with these methods although its class is being
+    restored."""
     vars(instance).setdefault(_KEPT, {}).update(methods)
     for name, function in methods.items():
         vars(instance)[name] = MethodType(function, instance)

@@ -55,9 +55,11 @@ def decide(
     shapes: Mapping[str, str | None],
     others: Mapping[str, str] = _NOBODY,
 ) -> Decision:
-    """Decide on `advisory` from the installed versions (package -> version) and shapes (path -> shape, None if unreadable).
+    """Decide on `advisory` from the installed versions (package -> version) and shapes (path -> shape, None if
+    unreadable).
 
-    `others` names who has replaced a function before us (path -> description); doctor, which imports nothing, knows of nobody.
+    `others` names who has replaced a function before us (path -> description); doctor, which imports nothing, knows
+    of nobody.
     """
     installed = versions[advisory.package]
     verdict = judge(advisory, installed, shapes)
@@ -89,7 +91,8 @@ def _repairable(
     for package, specifier in fix.requires.items():
         if not _holds(versions.get(package), specifier):
             found = versions.get(package, "not installed")
-            return Decision("unverified", f"the repair was run on {package}{specifier} only; installed: {found}", verdict.shape)
+            reason = f"the repair was run on {package}{specifier} only; installed: {found}"
+            return Decision("unverified", reason, verdict.shape)
     for target in fix.targets + fix.relies_on:
         shape = shapes.get(target.path)
         if shape not in target.shapes and not (target.may_be_replaced and target.path in others):

@@ -65,7 +65,8 @@ def imported(name: str) -> None:
     try:
         from trainfix.engine import lifecycle
     except ImportError as error:  # a broken installation of trainfix must not break the user's import, nor pass unseen
-        sys.stderr.write(f"trainfix: nothing is repaired in {name}: {error}; reinstall trainfix with its requirements\n")
+        next_step = "reinstall trainfix with its requirements"
+        sys.stderr.write(f"trainfix: nothing is repaired in {name}: {error}; {next_step}\n")
         return
     lifecycle.on_import(name)
 
@@ -106,9 +107,11 @@ def arm() -> None:
 
 
 def _when_initialized(module: ModuleType) -> None:
-    """`module` is being executed further up this very stack (or in another thread): act when the import system marks it done.
+    """`module` is being executed further up this very stack (or in another thread): act when the import system marks
+    it done.
 
-    It does so by setting ``__spec__._initializing`` to False, the one event that a module already under way still gives.
+    It does so by setting ``__spec__._initializing`` to False, the one event that a module already under way still
+    gives.
     """
     spec: Any = module.__spec__
     original: Any = type(spec)

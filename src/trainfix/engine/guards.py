@@ -15,7 +15,8 @@ Reached = Callable[..., None]
 
 
 def wrap(guard: Guard, original: Function, look: Reached) -> Function:
-    """`original` with the guard around it: `look` gets the built object, or, before any other method, the call's arguments."""
+    """`original` with the guard around it: `look` gets the built object, or, before any other method, the call's
+    arguments."""
     from wrapt import FunctionWrapper
 
     def guarded(wrapped: Function, instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -38,17 +39,19 @@ def built_before(guard: Guard) -> list[object]:
 
 
 def asked(guard: Guard, advisory: Advisory, *args: Any, **kwargs: Any) -> str | None:
-    """The reason why this call reaches the advisory, or None. A predicate that fails is no reason to break a run: it is said."""
+    """The reason why this call reaches the advisory, or None. A predicate that fails is no reason to break a run: it
+    is said."""
     try:
         return guard.reached[advisory.id](*args, **kwargs)
     except Exception as error:
-        report.warn(f"trainfix: cannot tell whether {advisory.id} is reached: {type(error).__name__}: {error}", every_rank=True)
+        trouble = f"{type(error).__name__}: {error}"
+        report.warn(f"trainfix: cannot tell whether {advisory.id} is reached: {trouble}", every_rank=True)
         return None
 
 
 def stop(advisory: Advisory, installed: str, reason: str, why_not: str, *, proved: bool, mode: str) -> None:
-    """The run reaches `advisory` and nothing repairs it: raise, or warn once if it is not harmful enough, not proved on this
-    very code, or under TRAINFIX=warn."""
+    """The run reaches `advisory` and nothing repairs it: raise, or warn once if it is not harmful enough, not proved
+    on this very code, or under TRAINFIX=warn."""
     hazards = f" (it also changes: {'; '.join(advisory.hazards)})" if advisory.hazards else ""
     text = (
         f"{advisory.id} is reached and not repaired: {advisory.summary}.\n"
@@ -57,7 +60,8 @@ def stop(advisory: Advisory, installed: str, reason: str, why_not: str, *, prove
         "Ways out:\n"
         f"  (1) move to {advisory.package} {advisory.ways_out['upgrade']} or newer{hazards}\n"
         f"  (2) change the configuration: {advisory.ways_out['config']}\n"
-        f"  (3) run `trainfix prove {advisory.id}`; if it shows that the error is absent here, set TRAINFIX_DISABLE={advisory.id}"
+        f"  (3) run `trainfix prove {advisory.id}`; if it shows that the error is absent here, "
+        f"set TRAINFIX_DISABLE={advisory.id}"
     )
     harmful = advisory.severity in ("gradient", "scale") and advisory.evidence_level == "proved" and proved
     if harmful and mode != "warn":

@@ -156,9 +156,7 @@ def _put_in_place(repair: _Repair) -> None:
     """Replace all targets, or none: a failure is rolled back, and told apart from a refusal."""
     fix, done = repair.fix, list[replace.Entry]()
     try:
-        originals = {
-            target.path: replace.inner_slot(*replace.resolve(target.path))[1] for target in fix.targets
-        }
+        originals = {target.path: replace.inner_slot(*replace.resolve(target.path))[1] for target in fix.targets}
         for path, replacement in fix.build(originals, repair.applied).items():
             done += replace.put(path, replacement)
     except Exception as error:
@@ -173,7 +171,8 @@ def _put_in_place(repair: _Repair) -> None:
 
 
 def _stand_guard(repair: _Repair) -> None:
-    """Wrap the constructors and, where the repair is not in place, the events by which a run shows that it reaches an error."""
+    """Wrap the constructors and, where the repair is not in place, the events by which a run shows that it reaches
+    an error."""
     active = {id for id, decision in repair.decisions.items() if decision.state in ("applied", *_LOUD)} - set(_disabled)
     loud = {id for id in active if repair.decisions[id].state in _LOUD}
     for guard in repair.fix.guards:
@@ -181,7 +180,7 @@ def _stand_guard(repair: _Repair) -> None:
         if guard.module not in _executed or not wanted & set(guard.reached):
             continue
         try:
-            slot, live = replace.resolve(guard.path)
+            _, live = replace.inner_slot(*replace.resolve(guard.path))
             if any(entry.replacement is live for entry in repair.standing):
                 continue
             wrapped = guards.wrap(guard, live, _looker(repair.fix.name, guard))
@@ -194,7 +193,8 @@ def _stand_guard(repair: _Repair) -> None:
             )
             for id in loud & set(guard.reached):
                 old = repair.decisions[id]
-                repair.decisions[id] = Decision("failed", f"{old.reason}; and no place to stand guard: {error}", old.shape)
+                reason = f"{old.reason}; and no place to stand guard: {error}"
+                repair.decisions[id] = Decision("failed", reason, old.shape)
             continue
         for instance in guards.built_before(guard) if loud else ():
             _looker(repair.fix.name, guard)(instance)
@@ -226,11 +226,13 @@ def _stop(repair: _Repair, advisory: Advisory, decision: Decision, reason: str, 
 
 def _agree(repair: _Repair, instance: object) -> None:
     built_for = "+".join(sorted(repair.applied))
-    digest = f"trainfix {trainfix.__version__} {repair.fix.name} ({built_for}) on {repair.fix.package} {repair.installed}"
+    repaired = f"{repair.fix.name} ({built_for}) on {repair.fix.package} {repair.installed}"
+    digest = f"trainfix {trainfix.__version__} {repaired}"
     trouble = agreement.disagreement(repair.fix.name, digest, repair.fix.group(instance))
     if trouble is None:
         return
-    text = f"the ranks do not all run the same repair: {trouble}. Start every rank in the same environment, with trainfix active."
+    next_step = "Start every rank in the same environment, with trainfix active."
+    text = f"the ranks do not all run the same repair: {trouble}. {next_step}"
     if finder.current.mode != "warn":
         raise UnfixedBugError(text, built_for)
     report.warn(text, every_rank=True)
@@ -259,7 +261,8 @@ def _warn_shared(repair: _Repair) -> None:
         together = ",".join(sorted(repair.applied))
         report.warn(
             f"trainfix: {', '.join(off)} stays repaired: its repair is shared with "
-            f"{', '.join(sorted(repair.applied - set(_disabled)))}; to disable it, disable all together: TRAINFIX_DISABLE={together}"
+            f"{', '.join(sorted(repair.applied - set(_disabled)))}; "
+            f"to disable it, disable all together: TRAINFIX_DISABLE={together}"
         )
 
 
@@ -272,11 +275,9 @@ def status() -> list[Record]:
 def _record(advisory: Advisory) -> Record:
     repair = _repairs.get(advisory.fix or "")
     if repair is None:
-        copies = find(advisory.package)
+        installed = next((copy.version for copy in find(advisory.package)), None)
         state, reason = _waiting(advisory)
-        return Record(
-            advisory.id, advisory.fix, advisory.package, copies[0].version if copies else None, None, state, reason, None
-        )
+        return Record(advisory.id, advisory.fix, advisory.package, installed, None, state, reason, None)
     decision = repair.decisions[advisory.id]
     target = ", ".join(target.path for target in repair.fix.targets) if repair.journal else None
     state, reason = decision.state, decision.reason
@@ -285,9 +286,7 @@ def _record(advisory: Advisory) -> Record:
             reason = f"shared with {', '.join(sorted(repair.applied - set(_disabled)))}"
         else:
             state, reason = ("reverted" if advisory.id in _reverted else "disabled"), _disabled[advisory.id]
-    return Record(
-        advisory.id, advisory.fix, advisory.package, repair.installed, target, state, reason, decision.shape
-    )
+    return Record(advisory.id, advisory.fix, advisory.package, repair.installed, target, state, reason, decision.shape)
 
 
 def _waiting(advisory: Advisory) -> tuple[State, str]:
@@ -305,8 +304,9 @@ def _checked(ids: tuple[str, ...]) -> tuple[str, ...]:
 def apply(*ids: str) -> list[Record]:
     """Repair these advisories (default: all), also ones that the environment disabled. Returns their records.
 
-    Targets that are not imported yet are repaired when they are. On an object in mid-window it takes effect at its next window.
-    Raises UnknownAdvisory for an unknown id, and UnfixedBugError if an advisory named here is refused or failed.
+    Targets that are not imported yet are repaired when they are. On an object in mid-window it takes effect at its
+    next window. Raises UnknownAdvisory for an unknown id, and UnfixedBugError if an advisory named here is refused
+    or failed.
     """
     wanted = _checked(ids)
     fixes = {name: load_fix(name) for id in wanted if (name := load(id).fix) is not None}
@@ -329,7 +329,8 @@ def revert(*ids: str) -> tuple[str, ...]:
     """Undo the repair of these advisories (default: all), in reverse order. Returns the ids whose errors are back.
 
     A repair that is shared with an advisory not named here stays, with a warning. An object in mid-window finishes that
-    window repaired. Raises UnknownAdvisory, and RuntimeError, having undone nothing, if somebody else has replaced a function since.
+    window repaired. Raises UnknownAdvisory, and RuntimeError, having undone nothing, if somebody else has replaced a
+    function since.
     """
     wanted = _checked(ids)
     with _lock:
@@ -338,7 +339,8 @@ def revert(*ids: str) -> tuple[str, ...]:
         for repair in leaving:
             for entry in repair.journal + repair.standing:
                 if (holder := entry.holder()) is not None:
-                    raise RuntimeError(f"cannot revert {', '.join(wanted)}: {entry.slot.name} has since been replaced by {holder}")
+                    what = f"{entry.slot.name} has since been replaced by {holder}"
+                    raise RuntimeError(f"cannot revert {', '.join(wanted)}: {what}")
         for id in wanted:
             _disabled[id] = "trainfix.revert()"
             _reverted.add(id)
@@ -357,4 +359,3 @@ def _undo(repair: _Repair) -> None:
     replace.take_out(replace.standing(repair.journal) + repair.standing)
     repair.journal.clear()
     repair.standing.clear()
-

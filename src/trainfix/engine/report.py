@@ -31,7 +31,8 @@ def warn(text: str, *, every_rank: bool = False) -> None:
 
 
 def _say(level: str, text: str) -> None:
-    # Without a handler Python swallows INFO lines, so they go to stderr directly; without the module, nobody can have one.
+    # Without a handler Python swallows INFO lines, so they go to stderr directly; without the module, nobody can
+    # have one.
     logging = sys.modules.get("logging")
     if logging is not None:
         logger = logging.getLogger("trainfix")

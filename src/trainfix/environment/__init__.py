@@ -1,1 +1,2 @@
-"""What is installed and how the run is configured, read from metadata and source text alone: nothing examined is imported."""
+"""What is installed and how the run is configured, read from metadata and source text alone: nothing examined is
+imported."""

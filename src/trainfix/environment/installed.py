@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import Distribution as Metadata
 from importlib.metadata import DistributionFinder, MetadataPathFinder
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 
 class EnvironmentProblem(Exception):
@@ -31,7 +34,7 @@ def find(name: str, paths: Sequence[str] | None = None) -> list[Distribution]:
     for path in sys.path if paths is None else paths:
         context = DistributionFinder.Context(name=name, path=[path or "."])
         for metadata in MetadataPathFinder.find_distributions(context):
-            location = Path(path or ".").resolve()
+            location = _location(metadata, path)
             if location in copies:
                 continue
             version = metadata.metadata["Version"]
@@ -44,8 +47,20 @@ def find(name: str, paths: Sequence[str] | None = None) -> list[Distribution]:
     return list(copies.values())
 
 
+def _location(metadata: Metadata, path: str) -> Path:
+    """The folder that holds the package: beside its metadata, or where an editable install left its sources."""
+    try:
+        origin = json.loads(metadata.read_text("direct_url.json") or "{}")
+        if origin.get("dir_info", {}).get("editable"):
+            return Path(unquote(urlsplit(origin["url"]).path)).resolve()
+    except (ValueError, KeyError, AttributeError):
+        pass  # a file that says nothing of use: the package is where everybody's is
+    return Path(path or ".").resolve()
+
+
 def source_text(distribution: Distribution, module: str) -> str | None:
-    """The source of `module` as installed with `distribution`; None if it has no such source file (absent, or only ``.pyc``).
+    """The source of `module` as installed with `distribution`; None if it has no such source file (absent, or only
+    ``.pyc``).
 
     Raises EnvironmentProblem when the file is there and cannot be read.
     """
@@ -57,6 +72,7 @@ def source_text(distribution: Distribution, module: str) -> str | None:
             continue
         except (OSError, UnicodeDecodeError) as error:
             raise EnvironmentProblem(
-                f"cannot read {path}: {error}; make it readable, or reinstall {distribution.name} {distribution.version}"
+                f"cannot read {path}: {error}; "
+                f"make it readable, or reinstall {distribution.name} {distribution.version}"
             ) from error
     return None

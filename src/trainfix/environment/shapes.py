@@ -1,8 +1,9 @@
 """Canonical shapes: a short hash of a function's syntax tree that tells buggy, fixed and unknown bodies apart.
 
-Two sources have the same shape when their syntax trees agree after dropping docstrings, annotations of version-dependent
-fields, and known decorators. ``ast.dump`` will not do: its output differs between Python 3.11, 3.12 and 3.13.
-The same digest comes from the installed text (``shape_in_text``) and from the live function (``shape_of_function``).
+Two sources have the same shape when their syntax trees agree after dropping docstrings, annotations of
+version-dependent fields, and known decorators. ``ast.dump`` will not do: its output differs between Python 3.11,
+3.12 and 3.13. The same digest comes from the installed text (``shape_in_text``) and from the live function
+(``shape_of_function``).
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def _canonical(node: object) -> str:
 
 
 def _merged(values: list[ast.expr]) -> list[ast.expr]:
-    """The parts of an f-string with neighbouring texts joined: some Python 3.12 releases split them or add empty ones."""
+    """The parts of an f-string with neighbouring texts joined: some Python 3.12 releases split them or add empty
+    ones."""
     merged: list[ast.expr] = []
     for value in values:
         text = value.value if isinstance(value, ast.Constant) else None
@@ -108,8 +110,9 @@ def _check_sample() -> None:
     found = _digest(ast.parse(_SAMPLE).body[0])
     if found != _SAMPLE_SHAPE:
         raise ShapeError(
-            f"this Python hashes trainfix's bundled sample as {found}, expected {_SAMPLE_SHAPE}: its syntax trees differ from "
-            "the ones trainfix was built for. Nothing is wrong with your packages; use Python 3.10 to 3.13 or a newer trainfix."
+            f"this Python hashes trainfix's bundled sample as {found}, expected {_SAMPLE_SHAPE}: its syntax trees "
+            "differ from the ones trainfix was built for. Nothing is wrong with your packages; "
+            "use Python 3.10 to 3.13 or a newer trainfix."
         )
 
 
@@ -136,7 +139,8 @@ def _block(lines: list[str], first: int) -> ast.stmt | None:
 
 
 def shape_in_text(text: str, qualname: str) -> str | None:
-    """Shape of the function `qualname` (``Class.method`` or ``function``) in the source `text`; None if it is not there.
+    """Shape of the function `qualname` (``Class.method`` or ``function``) in the source `text`; None if it is not
+    there.
 
     Only the function itself is parsed, so a file of 3000 lines costs a few milliseconds.
     Raises ShapeError when this Python's syntax trees cannot be compared.
@@ -160,8 +164,11 @@ def shape_in_text(text: str, qualname: str) -> str | None:
     return _digest(block) if block is not None else None
 
 
-def _find(lines: list[str], begin: int, end: int, depth: int, wanted: re.Pattern[str], last: bool = False) -> int | None:
-    """Index of the line directly inside depth `depth` that matches: the last one if `last` (a later def replaces an earlier)."""
+def _find(
+    lines: list[str], begin: int, end: int, depth: int, wanted: re.Pattern[str], last: bool = False
+) -> int | None:
+    """Index of the line directly inside depth `depth` that matches: the last one if `last` (a later def replaces an
+    earlier)."""
     hits = [i for i in range(begin, end) if wanted.match(lines[i]) and _indent(lines[i]) > depth]
     if not hits:
         return None
@@ -171,15 +178,13 @@ def _find(lines: list[str], begin: int, end: int, depth: int, wanted: re.Pattern
 
 
 def _end_of_class(lines: list[str], at: int, end: int) -> int:
-    depth = _indent(lines[at])
-    for i in range(at + 1, end):
-        if re.match(r"[A-Za-z@]", lines[i].lstrip()) and _indent(lines[i]) <= depth:
-            return i
-    return end
+    outside = re.compile(rf" {{0,{_indent(lines[at])}}}[A-Za-z@]")
+    return next((i for i in range(at + 1, end) if outside.match(lines[i])), end)
 
 
 def unwrap(function: object) -> types.FunctionType | None:
-    """The plain function behind a method and its known decorators; None if there is none (a builtin, a foreign object)."""
+    """The plain function behind a method and its known decorators; None if there is none (a builtin, a foreign
+    object)."""
     function = getattr(function, "__func__", function)
     while isinstance(function, types.FunctionType):
         cell = decorator_cell(function)
@@ -192,7 +197,8 @@ def unwrap(function: object) -> types.FunctionType | None:
 def decorator_cell(function: types.FunctionType) -> types.CellType | None:
     """The closure cell in which a known decorator holds what it decorates; None if `function` is nobody's wrapper."""
     code = function.__code__
-    name = next((cell for (file, name), cell in _WRAPPERS.items() if code.co_name == name and _is_file(code, file)), None)
+    known = (cell for (file, name), cell in _WRAPPERS.items() if code.co_name == name and _is_file(code, file))
+    name = next(known, None)
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
     return cells.get(name) if name is not None else None
 

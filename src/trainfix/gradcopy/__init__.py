@@ -1,7 +1,8 @@
 """Carrying gradients from the device into the optimizer's master gradient on the host.
 
-One call per bucket. This is the plain tier: torch operations, chunked, and blocking on the current stream, so the caller's
-bucket may be refilled as soon as `accumulate` returns. Knows nothing of advisories or of DeepSpeed. Imports torch.
+One call per bucket. This is the plain tier: torch operations, chunked, and blocking on the current stream, so the
+caller's bucket may be refilled as soon as `accumulate` returns. Knows nothing of advisories or of DeepSpeed. Imports
+torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-# Adding bf16 to float32 in one call makes a float32 copy of the whole operand, in fresh pages each time. Chunks that stay in
+# Adding bf16 to float32 in one call makes a float32 copy of the whole operand, in fresh pages each time. Chunks that
+# stay in
 # the cache take a fraction of the time: benchmarks/host_accumulate.py.
 CHUNK_ELEMENTS = 1 << 18
 
@@ -29,7 +31,8 @@ class Segment(NamedTuple):
 
 
 def accumulate(segments: Sequence[Segment]) -> None:
-    """Store or add each segment's gradient, in order, in the destination's dtype (float32 unless the masters are narrower).
+    """Store or add each segment's gradient, in order, in the destination's dtype (float32 unless the masters are
+    narrower).
 
     Raises ValueError, having touched nothing, when a segment's two sides differ in length.
     """
@@ -50,6 +53,7 @@ def accumulate(segments: Sequence[Segment]) -> None:
 
 
 def norm(gradient: torch.Tensor) -> torch.Tensor:
-    """L2 norm of a host tensor as a float64 scalar on the host, without a float64 copy of it. Not finite if any element is not."""
+    """L2 norm of a host tensor as a float64 scalar on the host, without a float64 copy of it. Not finite if any
+    element is not."""
     parts = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in torch.split(gradient, CHUNK_ELEMENTS)]
     return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros((), dtype=torch.float64)

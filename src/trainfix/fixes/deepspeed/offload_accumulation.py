@@ -1,13 +1,16 @@
 """ZeRO-2 with CPU offload: every micro-batch of the window reaches the optimizer. Repairs TF-0001 and TF-0003.
 
-TF-0001: deepspeed#6550 (0.15.2) made `async_accumulate_grad_in_cpu_via_gpu` either add the host buffer to the gradient or
-copy the gradient into the buffer, so the sums of the middle micro-batches were thrown away. Fixed by #7967 and #7981 (0.19.0).
-TF-0003: `copy_grads_in_partition` keeps nothing between micro-batches when the engine's accumulation steps are 1, as when the
-caller drives `set_gradient_accumulation_boundary`; present since 0.14 at least, fixed by #7981 (0.19.0).
+TF-0001: deepspeed#6550 (0.15.2) made `async_accumulate_grad_in_cpu_via_gpu` either add the host buffer to the
+gradient or copy the gradient into the buffer, so the sums of the middle micro-batches were thrown away. Fixed by
+#7967 and #7981
+(0.19.0). TF-0003: `copy_grads_in_partition` keeps nothing between micro-batches when the engine's accumulation steps
+are 1, as when the caller drives `set_gradient_accumulation_boundary`; present since 0.14 at least, fixed by #7981
+(0.19.0).
 
-What we do instead: each micro-batch's slice of this rank's partition goes straight into DeepSpeed's own master gradient on the
-host, float32: the first touch in a window stores, later ones add, an untouched parameter is zeroed at the step. A window in
-which DeepSpeed's own code loses nothing (a lone micro-batch, or two) is left to that code, bit for bit.
+What we do instead: each micro-batch's slice of this rank's partition goes straight into DeepSpeed's own master
+gradient on the host, float32: the first touch in a window stores, later ones add, an untouched parameter is zeroed
+at the step. A window in which DeepSpeed's own code loses nothing (a lone micro-batch, or two) is left to that code,
+bit for bit.
 
 Delete this file when no supported framework pins a DeepSpeed older than 0.19.0.
 """
@@ -27,8 +30,10 @@ _OPTIMIZER = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer."
 class Window:
     """What happened to one optimizer since its last step.
 
-    ours: we accumulate; else DeepSpeed's own code does. foreign: began before trainfix saw it, so DeepSpeed finishes it.
-    left: parameters that DeepSpeed's code took so far -> whether their sum stands in the master gradient (else in its buffer).
+    ours: we accumulate; else DeepSpeed's own code does. foreign: began before trainfix saw it, so DeepSpeed finishes
+    it.
+    left: parameters that DeepSpeed's code took so far -> whether their sum stands in the master gradient (else in
+    its buffer).
     touched: parameters whose master gradient holds this window's sum. settled: norms and zeros are up to date.
     queue: gradients of the bucket being reduced.
     """
@@ -53,10 +58,10 @@ _windows: WeakKeyDictionary[Any, Window] = WeakKeyDictionary()
 
 
 def _repairs(optimizer: Any) -> bool:
-    """DeepSpeed's own ZeRO-2 optimizer with its optimizer state on the host. Subclasses (ZenFlow) have paths of their own."""
-    return (
-        type(optimizer).__qualname__ == "DeepSpeedZeroOptimizer" and optimizer.cpu_offload and optimizer.partition_gradients
-    )
+    """DeepSpeed's own ZeRO-2 optimizer with its optimizer state on the host. Subclasses (ZenFlow) have paths of
+    their own."""
+    own = type(optimizer).__qualname__ == "DeepSpeedZeroOptimizer"
+    return own and optimizer.cpu_offload and optimizer.partition_gradients
 
 
 def _in_window() -> Iterator[Any]:
@@ -64,7 +69,8 @@ def _in_window() -> Iterator[Any]:
 
 
 def _window(optimizer: Any) -> Window:
-    """The optimizer's window. One that was built before trainfix, and is past its first micro-batch, finishes as it began."""
+    """The optimizer's window. One that was built before trainfix, and is past its first micro-batch, finishes as it
+    began."""
     window = _windows.get(optimizer)
     if window is None:
         window = _windows[optimizer] = Window(foreign=optimizer.micro_step_id > 0)
@@ -72,7 +78,8 @@ def _window(optimizer: Any) -> Window:
 
 
 def _forget_idle_windows() -> None:
-    """After a revert DeepSpeed's own code may be in mid-window where we remember none: such optimizers are strangers again."""
+    """After a revert DeepSpeed's own code may be in mid-window where we remember none: such optimizers are strangers
+    again."""
     for optimizer, window in list(_windows.items()):
         if not window.begun:
             del _windows[optimizer]
@@ -114,7 +121,8 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
         return optimizer.micro_step_id > 0 and not _at_boundary(optimizer)
 
     def take_over(optimizer: Any, window: Window) -> None:
-        """From here on we accumulate: what DeepSpeed's code still holds in its buffers moves into the master gradient."""
+        """From here on we accumulate: what DeepSpeed's code still holds in its buffers moves into the master
+        gradient."""
         if window.left:
             get_accelerator().synchronize()  # its copies to the host are asynchronous
         for parameter_id, in_master in window.left.items():
@@ -145,7 +153,8 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
             flush(self, window)
 
     def flush(optimizer: Any, window: Window) -> None:
-        """The bucket's gradients go to the host in one call, on the stream that DeepSpeed copies on, before it is refilled."""
+        """The bucket's gradients go to the host in one call, on the stream that DeepSpeed copies on, before it is
+        refilled."""
         segments = []
         for param in window.queue:
             parameter_id = optimizer.get_param_id(param)
@@ -177,7 +186,8 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
         return result
 
     def settle(optimizer: Any) -> None:
-        """Before the step reads anything: norms and the overflow flag of the sums, zeros where the window brought nothing."""
+        """Before the step reads anything: norms and the overflow flag of the sums, zeros where the window brought
+        nothing."""
         window = _windows.get(optimizer)
         if window is None or not window.ours or window.settled:
             return
@@ -230,7 +240,7 @@ def _middle_reached(optimizer: Any) -> str | None:
     steps = optimizer.gradient_accumulation_steps
     if not optimizer.cpu_offload:
         return None
-    if getattr(optimizer, "zenflow", False):  # its update_interval takes the place of the accumulation steps; 0 is "auto"
+    if getattr(optimizer, "zenflow", False):  # its update interval is the accumulation steps; 0 is "auto"
         return f"ZenFlow with an update interval of {steps or 'auto'}" if steps == 0 or steps > 2 else None
     if optimizer.partition_gradients and steps > 2:
         return f"ZeRO stage 2, offload_optimizer, gradient_accumulation_steps = {steps}"
@@ -243,7 +253,7 @@ def _lone_reached(engine: Any, is_boundary: bool, *rest: Any) -> str | None:
         return None
     if not getattr(optimizer, "partition_gradients", False):
         return None
-    return "set_gradient_accumulation_boundary(False) on an engine with gradient_accumulation_steps = 1, ZeRO stage 2, offload"
+    return "set_gradient_accumulation_boundary(False) with gradient_accumulation_steps = 1, ZeRO stage 2, offload"
 
 
 def _target(name: str, *shapes: str, may_be_replaced: bool = False) -> Target:
@@ -292,4 +302,10 @@ FIX = Fix(
     repairs=_repairs,
     group=lambda optimizer: optimizer.dp_process_group,
     in_window=_in_window,
+    limits="the repair covers DeepSpeedZeroOptimizer itself; ZenFlow's subclass, which has the error too, is refused, "
+    "and any other subclass is left alone",
+    leaves_alone={
+        "zero_optimization.zenflow": "ZenFlow's optimizer inherits the error and is not repaired: with trainfix, "
+        "training stops with UnfixedBugError when it is built"
+    },
 )

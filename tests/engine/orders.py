@@ -289,7 +289,8 @@ def _in_child(sequence: tuple[str, ...], writer: int) -> None:
         for event in sequence:
             done.append(event)
             world.do(event)
-        stray = [line for line in said.getvalue().splitlines() if not line.endswith("SI-0001, SI-0002 applied (standin 2.0)")]
+        lines = said.getvalue().splitlines()
+        stray = [line for line in lines if not line.endswith("SI-0001, SI-0002 applied (standin 2.0)")]
         assert not stray, f"said {stray}"
     except BaseException:
         last = traceback.format_exc(limit=-3)

@@ -54,10 +54,11 @@ class Configuration:
     accelerate: the engine's GA is 1, several `backward`, boundary set by hand, one `step` (TF-0003)
     bare: the same without setting the boundary
 
-    `engine_steps`: the engine's own accumulation steps where they are not the window's. `extra` is merged into
-    DeepSpeed's configuration, section by section. `loss_scale` (fp16 only): 0 is dynamic, starting at
-    2**initial_scale_power. `mask`: '0110' uses a side branch in the second and third micro-batch only.
-    `overflow_window`: targets are 10**4 times as large there. `overlap`: None is the release's default.
+    `cpu_adam`: DeepSpeed's compiled optimizer in torch's place. `engine_steps`: the engine's own accumulation steps
+    where they are not the window's. `extra` is merged into DeepSpeed's configuration, section by section.
+    `loss_scale` (fp16 only): 0 is dynamic, starting at 2**initial_scale_power. `mask`: '0110' uses a side branch in the
+    second and third micro-batch only. `overflow_window`: targets are 10**4 times as large there. `overlap`: None is the
+    release's default.
     """
 
     stage: int = 2
@@ -78,6 +79,7 @@ class Configuration:
     checkpointing: str = ""
     mask: str = ""
     lr: float = 1e-3
+    cpu_adam: bool = False
     engine_steps: int | None = None
     extra: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -324,7 +326,8 @@ class Trial:
         self.rows: list[torch.Tensor] = []
         self.seen: dict[int, torch.Tensor] = {}
         groups = parameter_groups(self.model, configuration)
-        optimizer = torch.optim.AdamW(groups, lr=configuration.lr, weight_decay=0.0)
+        compiled = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam if configuration.cpu_adam else None
+        optimizer = (compiled or torch.optim.AdamW)(groups, lr=configuration.lr, weight_decay=0.0)
         optimizer.register_step_pre_hook(self._see)
         # 0.18.x with two ranks on CPU: all_gather dies with "Output 0 of Split is a view" unless grad is off.
         with torch.set_grad_enabled(not deepspeed.__version__.startswith("0.18.")):

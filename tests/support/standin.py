@@ -309,7 +309,7 @@ def arm(folder: Path) -> None:
 
 
 def _preset(name: str, file: str) -> Any:
-    """Load one of trainfix's own modules without trainfix's activating __init__, so that the real one finds it loaded."""
+    """Load one of trainfix's own modules without trainfix's activating __init__, which will find it loaded."""
     spec = importlib.util.spec_from_file_location(name, SOURCE / "trainfix" / file)
     assert spec is not None and spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
@@ -341,7 +341,7 @@ def works() -> dict[str, bool]:
 
 def python(folder: Path, script: str, *, timeout: float = 60.0, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `script` in a fresh interpreter that knows the stand-in; `env` is added to its environment."""
-    preamble = f"import sys; from pathlib import Path; from tests.support import standin; standin.arm(Path({str(folder)!r}))\n"
+    preamble = f"from pathlib import Path; from tests.support import standin; standin.arm(Path({str(folder)!r}))\n"
     return subprocess.run(
         [sys.executable, "-c", preamble + script],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(SOURCE), str(ROOT)])} | env,

@@ -56,9 +56,10 @@ def _join(group: Any) -> tuple[Any, tuple[int, ...], int] | None:
     if len(ranks) < 2 or own not in ranks:
         return None
     try:
-        return dist.distributed_c10d._get_default_store(), ranks, own
+        store = dist.distributed_c10d._get_default_store()
     except (AttributeError, ValueError, RuntimeError):
         return None
+    return None if store is None else (store, ranks, own)  # MPI has none
 
 
 def _exchange(

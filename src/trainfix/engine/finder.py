@@ -57,12 +57,16 @@ class Loader:
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader  # type: ignore[assignment]
         self.loader.exec_module(module)  # type: ignore[attr-defined]
-        imported(module.__name__)
+        if sys.modules.get(module.__name__) is module:  # not a private copy that somebody makes by hand
+            imported(module.__name__)
 
 
 def imported(name: str) -> None:
     """Called after the target module `name` was executed. Raises nothing but UnfixedBugError under TRAINFIX=strict."""
     try:
+        # Another thread may be in `import trainfix`, which can need what follows: it goes first, or each would wait
+        # for the other.
+        import trainfix  # noqa: F401
         from trainfix.engine import lifecycle
     except ImportError as error:  # a broken installation of trainfix must not break the user's import, nor pass unseen
         next_step = "reinstall trainfix with its requirements"
@@ -74,6 +78,8 @@ def imported(name: str) -> None:
 def activate() -> None:
     """Arm the finder and see to the targets that are imported already. Doing it twice is doing it once."""
     global current
+    if _armed():
+        return
     current = settings.read()
     for variable in current.unknown:
         from trainfix.engine.report import warn_unknown_variable
@@ -91,9 +97,13 @@ def switch_on() -> None:
     arm()
 
 
+def _armed() -> bool:
+    return any(isinstance(finder, Finder) for finder in sys.meta_path)
+
+
 def arm() -> None:
     """Put the finder in place, once, and catch up with what was imported before it."""
-    if any(isinstance(finder, Finder) for finder in sys.meta_path):
+    if _armed():
         return
     sys.meta_path.insert(0, Finder())
     for name in TARGETS:

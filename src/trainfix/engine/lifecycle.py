@@ -53,6 +53,10 @@ class _Repair:
     def applied(self) -> frozenset[str]:
         return frozenset(id for id, decision in self.decisions.items() if decision.state == "applied")
 
+    @property
+    def guarded(self) -> frozenset[str]:
+        return frozenset(id for id, decision in self.decisions.items() if decision.state in ("applied", *_LOUD))
+
     def in_place(self) -> bool:
         """Whether every target holds one of our replacements now (after a reload it does not)."""
         ours = [entry.replacement for entry in self.journal]
@@ -75,7 +79,7 @@ def _live(places: Sequence[Target | Guard]) -> list[object]:
         except replace.Missing:
             found.append(None)
             continue
-        found.append(replace.inner_slot(slot, live)[1] if isinstance(place, Target) else live)
+        found.append(replace.inner_slot(slot, live)[1])
     return found
 
 
@@ -103,14 +107,23 @@ os.register_at_fork(after_in_child=_renew_lock)
 def on_import(module: str) -> None:
     """The target `module` was executed: decide on every fix whose modules are now all there.
 
-    Raises UnfixedBugError under TRAINFIX=strict only; whatever else goes wrong is said, and the user's import goes on.
+    Raises UnfixedBugError under TRAINFIX=strict, and for an object built before that reaches what cannot be repaired.
+    Whatever else goes wrong is said, and the user's import goes on.
     """
-    fixes = [load_fix(name) for name in TARGETS[module]]
-    with _lock:
-        _executed.add(module)
-        for fix in fixes:
-            if fix.modules <= _executed:
-                _consider(fix)
+    try:
+        fixes = [load_fix(name) for name in TARGETS[module]]
+        with _lock:
+            _executed.add(module)
+            for fix in fixes:
+                if fix.modules <= _executed:
+                    _consider(fix)
+    except UnfixedBugError:
+        raise
+    except Exception as error:
+        text = f"trainfix {trainfix.__version__}: nothing is repaired in {module}: {type(error).__name__}: {error}"
+        if finder.current.mode == "strict":
+            raise UnfixedBugError(text) from error
+        report.warn(text, every_rank=True)
 
 
 def _consider(fix: Fix) -> None:
@@ -131,11 +144,15 @@ def _consider(fix: Fix) -> None:
 
 def _decided(fix: Fix) -> _Repair:
     advisories = [load(id) for id in fix.advisories]
-    versions = _versions(fix)
-    paths = targets_of(fix, advisories)
-    shapes = {path: replace.live_shape(path) for path in paths}
-    others = {path: who for path in paths if (who := replace.foreign(path)) is not None}
-    decisions = {advisory.id: decide(fix, advisory, versions, shapes, others) for advisory in advisories}
+    try:
+        versions = _versions(fix)
+        paths = targets_of(fix, advisories)
+        shapes = {path: replace.live_shape(path) for path in paths}
+        others = {path: who for path in paths if (who := replace.foreign(path)) is not None}
+        decisions = {advisory.id: decide(fix, advisory, versions, shapes, others) for advisory in advisories}
+    except Exception as error:  # broken metadata, a Python whose shapes cannot be compared
+        failed = Decision("failed", f"{type(error).__name__}: {error}", None)
+        return _Repair(fix, _own_version(fix.package), dict.fromkeys(fix.advisories, failed))
     return _Repair(fix, versions[fix.package], decisions)
 
 
@@ -148,8 +165,13 @@ def _versions(fix: Fix) -> dict[str, str]:
         imported = [copy for copy in copies if file and Path(file).resolve().is_relative_to(copy.location / package)]
         for copy in (imported or copies)[:1]:
             versions[package] = copy.version
-    versions.setdefault(fix.package, getattr(sys.modules.get(fix.package), "__version__", "0"))
+    versions.setdefault(fix.package, _own_version(fix.package))
     return versions
+
+
+def _own_version(package: str) -> str:
+    """What the imported package says of itself, "0" if it says nothing."""
+    return str(getattr(sys.modules.get(package), "__version__", "0"))
 
 
 def _put_in_place(repair: _Repair) -> None:
@@ -173,11 +195,11 @@ def _put_in_place(repair: _Repair) -> None:
 def _stand_guard(repair: _Repair) -> None:
     """Wrap the constructors and, where the repair is not in place, the events by which a run shows that it reaches
     an error."""
-    active = {id for id, decision in repair.decisions.items() if decision.state in ("applied", *_LOUD)} - set(_disabled)
-    loud = {id for id in active if repair.decisions[id].state in _LOUD}
+    active = repair.guarded - set(_disabled)
+    loud = active - repair.applied
     for guard in repair.fix.guards:
-        wanted = active if guard.on_construction else loud
-        if guard.module not in _executed or not wanted & set(guard.reached):
+        wanted = (active if guard.on_construction else loud) & set(guard.reached)
+        if guard.module not in _executed or not wanted:
             continue
         try:
             _, live = replace.inner_slot(*replace.resolve(guard.path))
@@ -311,6 +333,8 @@ def apply(*ids: str) -> list[Record]:
     wanted = _checked(ids)
     fixes = {name: load_fix(name) for id in wanted if (name := load(id).fix) is not None}
     with _lock:
+        if finder.current.mode == "off":  # apply wins over it, for what it names
+            _disabled.update({advisory.id: "TRAINFIX=off" for advisory in load_all() if advisory.id not in _disabled})
         for id in wanted:
             _disabled.pop(id, None)
             _reverted.discard(id)
@@ -335,16 +359,21 @@ def revert(*ids: str) -> tuple[str, ...]:
     wanted = _checked(ids)
     with _lock:
         repairs = [repair for repair in _repairs.values() if set(wanted) & set(repair.fix.advisories)]
-        leaving = [repair for repair in repairs if not repair.applied - set(_disabled) - set(wanted)]
-        for repair in leaving:
-            for entry in repair.journal + repair.standing:
-                if (holder := entry.holder()) is not None:
-                    what = f"{entry.slot.name} has since been replaced by {holder}"
-                    raise RuntimeError(f"cannot revert {', '.join(wanted)}: {what}")
+        gone = {*_disabled, *wanted}
+        leaving = [repair for repair in repairs if not repair.applied - gone]
+        unguarded = [repair for repair in leaving if not repair.guarded - gone]
+        standing = [entry for repair in unguarded for entry in repair.standing]
+        for entry in [entry for repair in leaving for entry in repair.journal] + standing:
+            if (holder := entry.holder()) is not None:
+                what = f"{replace.describe(entry.original)} has since been replaced by {holder}"
+                raise RuntimeError(f"cannot revert {', '.join(wanted)}: {what}")
         for id in wanted:
             _disabled[id] = "trainfix.revert()"
             _reverted.add(id)
         back = tuple(sorted(id for repair in leaving if repair.journal for id in repair.applied))
+        for repair in unguarded:
+            replace.take_out(repair.standing)
+            repair.standing.clear()
         for repair in leaving:
             _undo(repair)
         for repair in repairs:
@@ -356,6 +385,5 @@ def _undo(repair: _Repair) -> None:
     methods = {entry.slot.name: entry.replacement for entry in repair.journal if isinstance(entry.slot.owner, type)}
     for instance in repair.fix.in_window():
         keep_until_window_ends(instance, methods)
-    replace.take_out(replace.standing(repair.journal) + repair.standing)
+    replace.take_out(replace.standing(repair.journal))
     repair.journal.clear()
-    repair.standing.clear()

@@ -66,7 +66,7 @@ def resolve(path: str) -> tuple[Slot, Any]:
 
 def inner_slot(slot: Slot, live: Any) -> tuple[Slot, Any]:
     """Where the plain function sits: `slot` itself, or the closure cell of the innermost known decorator."""
-    while isinstance(live, FunctionType):
+    while type(live) is FunctionType:
         cell = shapes.decorator_cell(live)
         if cell is None:
             break
@@ -104,6 +104,7 @@ def foreign(path: str) -> str | None:
 
 def describe(live: Any) -> str:
     """``module.qualname (file:line)`` of a function, as well as it can be told."""
+    live = getattr(live, "_self_wrapper", live)  # wrapt's wrappers pass for what they wrap
     module, name = getattr(live, "__module__", None), getattr(live, "__qualname__", type(live).__name__)
     code = getattr(getattr(live, "__func__", live), "__code__", None)
     place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""

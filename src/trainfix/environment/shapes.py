@@ -186,7 +186,7 @@ def unwrap(function: object) -> types.FunctionType | None:
     """The plain function behind a method and its known decorators; None if there is none (a builtin, a foreign
     object)."""
     function = getattr(function, "__func__", function)
-    while isinstance(function, types.FunctionType):
+    while type(function) is types.FunctionType:  # isinstance would believe wrapt's proxies
         cell = decorator_cell(function)
         if cell is None:
             return function
@@ -217,6 +217,7 @@ def shape_of_function(function: object) -> str | None:
     if plain is None:
         return None
     code = plain.__code__
+    linecache.checkcache(code.co_filename)  # a reload may have read a newer text
     lines = linecache.getlines(code.co_filename)
     if not 0 < code.co_firstlineno <= len(lines):
         return None

@@ -24,12 +24,13 @@ def coefficients(window: Window) -> list[float]:
 
 
 def assert_right(result: Result) -> None:
-    """Every window has every micro-batch, nothing of earlier windows, and a norm and `safe_get_full_grad` that agree."""
+    """Every window is."""
     for window in windows(result):
         assert_window_right(window)
 
 
 def assert_window_right(window: Window) -> None:
+    """It has every micro-batch and nothing of earlier windows; its norm and `safe_get_full_grad` agree with it."""
     assert coefficients(window) == pytest.approx([1] * len(window["coefficients"]), abs=1e-3)
     assert window["captured"]["relative_error"] < 1e-6
     # Against plain autograd in float64, low precision allows no more than this.

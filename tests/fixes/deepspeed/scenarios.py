@@ -7,11 +7,13 @@ into ``result["windows"]``, and what else it found beside them.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from tests.support import experiment
@@ -19,6 +21,8 @@ from tests.support.experiment import Configuration, Trial
 
 Event = Callable[["Scripted"], object]
 Result = dict[str, Any]
+
+_NUMBERS = itertools.count()
 
 
 class Scripted(Trial):
@@ -59,33 +63,57 @@ def perform(deepspeed: ModuleType, values: Mapping[str, Any], result: Result) ->
     scenario = rest.pop("scenario", None)
     if scenario is None:
         return experiment.windows(deepspeed, rest, result)
-    asked = {key: rest.pop(key) for key in ("call", "folder") if key in rest}
+    asked = {key: rest.pop(key) for key in ("call", "optimizer_states") if key in rest}
     function: Callable[..., None] = globals()[scenario]
     function(deepspeed, Configuration(**rest), result, **asked)
 
 
 def zero_grad(deepspeed: ModuleType, configuration: Configuration, result: Result, *, call: str) -> None:
-    """In the second window, after the second of its micro-batches: `call` is engine.zero_grad or optimizer.zero_grad."""
+    """In the second window, after its second micro-batch. `call` is engine.zero_grad or optimizer.zero_grad."""
     trial = Scripted(deepspeed, configuration)
     owner = {"engine": trial.engine, "optimizer": trial.zero}[call.partition(".")[0]]
     trial.events[1, 1] = lambda _: owner.zero_grad()
     result["windows"] += [trial.window() for _ in range(configuration.windows)]
 
 
-def resume(deepspeed: ModuleType, configuration: Configuration, result: Result, *, folder: str) -> None:
-    """Save after two windows. Run two more; load into a new engine, and into the old one in mid-window, and run them again."""
+def resume(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
+    """Save after two windows, and run two more. Then load into a new engine, and run these two again."""
     trial = Scripted(deepspeed, configuration)
     result["windows"] += [trial.window(), trial.window()]
-    trial.engine.save_checkpoint(folder, tag="two")
+    folder = _checkpoint(trial)
     result["windows"] += [trial.window(), trial.window()]
     result["uninterrupted"] = trial.parameters()
-    trial.abandon(2)
     fresh = Scripted(deepspeed, configuration)
-    for name, loading in {"new engine": fresh, "mid-window": trial}.items():
-        loading.engine.load_checkpoint(folder, tag="two")
-        loading.done, loading.rows = 2, []
-        result["windows"] += [loading.window(), loading.window()]
-        result[name] = loading.parameters()
+    fresh.engine.load_checkpoint(folder)
+    fresh.done = 2
+    result["windows"] += [fresh.window(), fresh.window()]
+    result["resumed"] = fresh.parameters()
+
+
+def load_in_mid_window(
+    deepspeed: ModuleType, configuration: Configuration, result: Result, *, optimizer_states: bool = True
+) -> None:
+    """Save after one window, run another, give up a third in its middle, load, and run the second again.
+
+    Loading does not reset the engine's own count of micro-batches, so this takes a loop that sets the boundary.
+    """
+    trial = Scripted(deepspeed, configuration)
+    result["windows"].append(trial.window())
+    folder = _checkpoint(trial)
+    result["windows"].append(trial.window())
+    result["uninterrupted"] = trial.parameters()
+    trial.abandon(2)
+    trial.engine.load_checkpoint(folder, load_optimizer_states=optimizer_states)
+    trial.done, trial.rows = 1, trial.rows[:1]
+    result["windows"].append(trial.window())
+    result["resumed"] = trial.parameters()
+
+
+def _checkpoint(trial: Scripted) -> str:
+    """Save, in the child's own folder, which all ranks share."""
+    folder = str(Path.cwd() / f"checkpoint-{next(_NUMBERS)}")
+    trial.engine.save_checkpoint(folder)
+    return folder
 
 
 def several_engines(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
@@ -148,60 +176,62 @@ def safe_gradients(deepspeed: ModuleType, configuration: Configuration, result: 
     result["safe"] = seen
 
 
-def load_without_optimizer(deepspeed: ModuleType, configuration: Configuration, result: Result, *, folder: str) -> None:
-    """Load a checkpoint in mid-window, leaving the optimizer's states as they are."""
+def unused_window(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
+    """The side branch is used in every micro-batch of the first and third window, and in none of the second."""
     trial = Scripted(deepspeed, configuration)
-    result["windows"].append(trial.window())
-    trial.engine.save_checkpoint(folder, tag="one")
-    trial.abandon(2)
-    trial.engine.load_checkpoint(folder, tag="one", load_optimizer_states=False)
-    result["windows"] += [trial.window(), trial.window()]
+    for used in "101":
+        trial.configuration = dataclasses.replace(configuration, mask=used * configuration.ga)
+        result["windows"].append(trial.window())
 
 
 def calls(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
-    """Count, per window: buckets whose gradients this rank owns, calls of `gradcopy.accumulate`, and reads of a scalar."""
+    """Count, in one window: buckets with this rank's gradients, calls of `gradcopy.accumulate`, reads of a scalar."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Scalars(TorchDispatchMode):
-        count = 0
+    counts = {"buckets": 0, "accumulate": 0, "segments": 0, "scalars": 0}
 
+    class Scalars(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            Scalars.count += func.__name__ == "_local_scalar_dense.default"
+            counts["scalars"] += "_local_scalar_dense" in str(func)
             return func(*args, **(kwargs or {}))
 
     trial = Scripted(deepspeed, configuration)
-    counts = {"buckets": 0, "accumulate": 0, "segments": 0}
-    reduce, queue = trial.zero.average_tensor, trial.zero.copy_grads_in_partition
-    pending: list[int] = []
+    trial.window()
+    _count_buckets(trial, counts)
+    gradcopy = importlib.import_module("trainfix.gradcopy") if "trainfix" in sys.modules else None
+    accumulate = getattr(gradcopy, "accumulate", None)
+
+    def counted(segments: Any) -> None:
+        counts["accumulate"] += 1
+        counts["segments"] += len(segments)
+        accumulate(segments)
+
+    if gradcopy:
+        gradcopy.accumulate = counted
+    with Scalars():
+        trial.abandon(configuration.ga)
+    if gradcopy:
+        gradcopy.accumulate = accumulate
+    result["calls"] = counts | {"parameters": len(trial.trained)}
+
+
+def _count_buckets(trial: Scripted, counts: dict[str, int]) -> None:
+    """A bucket counts when the first of its gradients is taken, after its reduction."""
+    reduce, take = trial.zero.average_tensor, trial.zero.copy_grads_in_partition
+    fresh = True
 
     def average_tensor(*args: Any) -> Any:
-        pending.clear()
+        nonlocal fresh
+        fresh = True
         return reduce(*args)
 
     def copy_grads_in_partition(*args: Any) -> Any:
-        counts["buckets"] += not pending
-        pending.append(1)
-        return queue(*args)
+        nonlocal fresh
+        counts["buckets"] += fresh
+        fresh = False
+        return take(*args)
 
     trial.zero.average_tensor, trial.zero.copy_grads_in_partition = average_tensor, copy_grads_in_partition
-    if "trainfix" in sys.modules:
-        gradcopy = importlib.import_module("trainfix.gradcopy")
-        accumulate = gradcopy.accumulate
-
-        def counted(segments: Any) -> None:
-            counts["accumulate"] += 1
-            counts["segments"] += len(segments)
-            accumulate(segments)
-
-        gradcopy.accumulate = counted
-    trial.window()
-    counts.update(buckets=0, accumulate=0, segments=0)
-    with Scalars():
-        trial.abandon(configuration.ga - 1)
-    result["windows"].append({"skipped": True})
-    result["calls"] = counts | {"scalars": Scalars.count, "parameters": len(trial.trained)}
-    if "trainfix" in sys.modules:
-        gradcopy.accumulate = accumulate
 
 
 def untouched(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
@@ -210,15 +240,22 @@ def untouched(deepspeed: ModuleType, configuration: Configuration, result: Resul
         importlib.import_module("deepspeed.runtime.zero.stage_1_and_2").DeepSpeedZeroOptimizer,
         importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine,
     ]
-    before = [dict(vars(cls)) for cls in classes]
+    before = _attributes(classes)
     importlib.import_module("trainfix")
-    names = [name for known, cls in zip(before, classes, strict=True) for name in known if known[name] is not vars(cls)[name]]
-    result["changed"] = names
+    after = _attributes(classes)
+    result["changed"] = [name for name in before | after if before.get(name) is not after.get(name)]
+    functions = {name: value for name, value in after.items() if hasattr(value, "__code__")}
     ours = str(experiment.SOURCE / "trainfix")
-    places = {name: getattr(getattr(value, "__code__", None), "co_filename", "") for cls in classes for name, value in vars(cls).items()}
-    result["from trainfix"] = [name for name, place in places.items() if place.startswith(ours)]
-    result["kinds"] = sorted({type(value).__name__ for cls in classes for value in vars(cls).values()})
-    result["methods"] = sum(Path(place).is_file() for place in places.values())
+    result["functions"] = len(functions)
+    result["wrapped by trainfix"] = [
+        name
+        for name, function in functions.items()
+        if function.__code__.co_filename.startswith(ours) or type(function) is not FunctionType  # wrapt's are not
+    ]
+
+
+def _attributes(classes: list[type]) -> dict[str, Any]:
+    return {f"{cls.__name__}.{name}": value for cls in classes for name, value in vars(cls).items()}
 
 
 if __name__ == "__main__":

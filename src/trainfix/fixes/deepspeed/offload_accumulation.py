@@ -17,6 +17,7 @@ Delete this file when no supported framework pins a DeepSpeed older than 0.19.0.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Any
@@ -73,8 +74,14 @@ def _window(optimizer: Any) -> Window:
     began."""
     window = _windows.get(optimizer)
     if window is None:
-        window = _windows[optimizer] = Window(foreign=optimizer.micro_step_id > 0)
+        window = _windows[optimizer] = Window(foreign=optimizer.micro_step_id > _first_micro_step(optimizer))
     return window
+
+
+def _first_micro_step(optimizer: Any) -> int:
+    """`micro_step_id` in a window's first micro-batch: 0, but up to 0.15.1 it is 1 before the optimizer's first step."""
+    counts_from_zero = hasattr(sys.modules[type(optimizer).__module__], "INITIAL_MICRO_STEP_ID")
+    return 0 if counts_from_zero or optimizer._global_grad_norm != 0 else 1
 
 
 def _forget_idle_windows() -> None:
@@ -112,8 +119,8 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
     def loses(optimizer: Any, window: Window, parameter_id: int) -> bool:
         """Whether DeepSpeed's own code, given this gradient now, would lose it or an earlier one of the window."""
         steps = optimizer.gradient_accumulation_steps
-        if steps == 1:  # it stores at the boundary, overwriting, and does nothing before it
-            return lone_is_lost and (parameter_id in window.left or not _at_boundary(optimizer))
+        if steps == 1:  # it does nothing before the boundary; there it overwrites, as a loop that skips a step may want
+            return lone_is_lost and not _at_boundary(optimizer)
         if not middle_is_lost:
             return False
         if steps > 2 or window.left.get(parameter_id):

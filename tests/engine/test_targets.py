@@ -1,0 +1,90 @@
+"""The engine's table of target modules, and what it may assume about every fix."""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import trainfix.fixes
+from tests.support import standin
+from trainfix.advisories import load, load_all
+from trainfix.engine.contract import Fix
+from trainfix.engine.decide import load_fix, targets_of
+from trainfix.engine.targets import TARGETS
+
+
+def fixes() -> list[Fix]:
+    """Every fix under trainfix.fixes."""
+    names = [info.name for info in pkgutil.walk_packages(trainfix.fixes.__path__, "trainfix.fixes.") if not info.ispkg]
+    return [load_fix(name.removeprefix("trainfix.fixes.")) for name in names]
+
+
+every_fix = pytest.mark.parametrize("fix", fixes(), ids=lambda fix: fix.name)
+
+
+def test_the_table_names_exactly_the_modules_that_the_fixes_look_at() -> None:
+    expected: dict[str, set[str]] = {}
+    for fix in fixes():
+        for module in fix.modules | {guard.module for guard in fix.guards}:
+            expected.setdefault(module, set()).add(fix.name)
+    assert {module: set(names) for module, names in TARGETS.items()} == expected
+    assert all(len(set(names)) == len(names) for names in TARGETS.values())
+
+
+def test_every_advisory_with_a_fix_is_one_that_the_fix_repairs() -> None:
+    assert fixes()
+    repaired = {(id, fix.name) for fix in fixes() for id in fix.advisories}
+    assert {(advisory.id, advisory.fix) for advisory in load_all() if advisory.fix} == repaired
+    assert all(load(id).package == fix.package for fix in fixes() for id in fix.advisories)
+
+
+@every_fix
+def test_the_evidence_lies_in_modules_that_the_fix_waits_for(fix: Fix) -> None:
+    paths = targets_of(fix, [load(id) for id in fix.advisories])
+    assert {path.partition(":")[0] for path in paths} <= fix.modules
+
+
+@every_fix
+def test_every_guard_is_of_an_advisory_of_the_fix_and_every_advisory_is_guarded(fix: Fix) -> None:
+    guarded = {id for guard in fix.guards for id in guard.reached}
+    assert guarded == set(fix.advisories)
+
+
+@every_fix
+def test_no_function_is_both_replaced_and_relied_on_or_guarded(fix: Fix) -> None:
+    targets = [target.path for target in fix.targets]
+    others = [target.path for target in fix.relies_on] + [guard.path for guard in fix.guards]
+    assert len(set(targets + others)) == len(targets + others)
+    assert all(target.shapes for target in fix.targets + fix.relies_on)
+
+
+@every_fix
+def test_a_fix_says_what_it_repairs_and_when_it_can_go(fix: Fix) -> None:
+    module = sys.modules[f"trainfix.fixes.{fix.name}"]
+    assert module.__doc__ is not None
+    assert all(id in module.__doc__ for id in fix.advisories)
+    assert "Delete this file when" in module.__doc__
+
+
+def test_fixes_are_loaded_without_the_packages_that_they_repair() -> None:
+    script = """
+import json, sys
+from trainfix.engine.decide import load_fix
+for name in json.loads(sys.argv[1]):
+    load_fix(name)
+print(json.dumps(sorted({"torch", "deepspeed", "numpy", "transformers", "wrapt"} & set(sys.modules))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps([fix.name for fix in fixes()])],
+        env=os.environ | {"PYTHONPATH": str(standin.SOURCE)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []

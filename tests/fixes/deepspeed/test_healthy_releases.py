@@ -1,0 +1,35 @@
+"""Releases in which both errors are fixed are left as they are."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fixes.deepspeed import tables
+from tests.fixes.deepspeed.judging import states
+
+RELEASES = ["0.19.0", "0.19.8"]
+UNTOUCHED = {"untouched": {"scenario": "untouched"}}
+
+
+@pytest.mark.parametrize("version", RELEASES)
+def test_the_very_same_functions_stay_in_place_when_trainfix_comes_after(runs, version):
+    result = runs(version, tables.HEALTHY_RELEASE, trainfix=False, env={"TRAINFIX": "on"})["untouched"]
+    assert result["error"] is None
+    assert result["functions"] > 200
+    assert result["changed"] == []
+    assert states(result) == {"TF-0001": "fixed-upstream", "TF-0003": "fixed-upstream"}
+
+
+@pytest.mark.parametrize("version", RELEASES)
+def test_every_function_is_the_releases_own_when_trainfix_comes_first(runs, version):
+    result = runs(version, UNTOUCHED, trainfix=True)["untouched"]
+    assert result["error"] is None
+    assert result["functions"] > 200
+    assert result["wrapped by trainfix"] == []
+    assert states(result) == {"TF-0001": "fixed-upstream", "TF-0003": "fixed-upstream"}
+
+
+def test_the_same_check_finds_the_repair_on_0_18_9(runs):
+    result = runs("0.18.9", UNTOUCHED, trainfix=True)["untouched"]
+    names = ("copy_grads_in_partition", "reduce_ipg_grads", "__init__")
+    assert {f"DeepSpeedZeroOptimizer.{name}" for name in names} <= set(result["wrapped by trainfix"])

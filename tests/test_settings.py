@@ -1,0 +1,67 @@
+"""TRAINFIX, TRAINFIX_DISABLE, TRAINFIX_QUIET: what they may be, and what a bad value says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import standin
+from trainfix import settings
+
+
+@pytest.mark.parametrize(
+    ("environ", "mode", "disabled", "quiet"),
+    [
+        ({}, "on", set(), False),
+        ({"TRAINFIX": ""}, "on", set(), False),
+        ({"TRAINFIX": " OFF "}, "off", set(), False),
+        ({"TRAINFIX": "warn"}, "warn", set(), False),
+        ({"TRAINFIX": "strict", "TRAINFIX_QUIET": "1"}, "strict", set(), True),
+        ({"TRAINFIX_QUIET": "0"}, "on", set(), False),
+        ({"TRAINFIX_DISABLE": "TF-0001"}, "on", {"TF-0001"}, False),
+        ({"TRAINFIX_DISABLE": " tf-0003 ,TF-0001,, "}, "on", {"TF-0001", "TF-0003"}, False),
+    ],
+)
+def test_what_the_variables_mean(environ: dict[str, str], mode: str, disabled: set[str], quiet: bool) -> None:
+    found = settings.read(environ)
+    assert (found.mode, found.disabled, found.quiet, found.unknown) == (mode, disabled, quiet, ())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("TRAINFIX", "yes", "TRAINFIX='yes' means nothing; valid: on, off, warn, strict"),
+        ("TRAINFIX_QUIET", "yes", "TRAINFIX_QUIET='yes' means nothing; valid: 0, 1"),
+        (
+            "TRAINFIX_DISABLE",
+            "TF-0001,TF-9",
+            f"TRAINFIX_DISABLE names 'TF-9', no such advisory; valid: {', '.join(settings.ADVISORY_IDS)}",
+        ),
+    ],
+)
+def test_a_bad_value_is_an_error_that_lists_the_valid_ones(variable: str, value: str, words: str) -> None:
+    with pytest.raises(settings.SettingsError) as caught:
+        settings.read({variable: value})
+    assert str(caught.value) == words
+    done = subprocess.run(
+        [sys.executable, "-c", "import trainfix"],
+        env=os.environ | {"PYTHONPATH": str(standin.SOURCE), variable: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"trainfix.settings.SettingsError: {words}"
+
+
+def test_unknown_variables_of_ours_are_noted_and_others_are_not() -> None:
+    environ = {"TRAINFIX_QUIETT": "1", "TRAINFIX_A": "", "TRAINFIXER": "1", "MY_TRAINFIX_": "1", "TRAINFIX": "on"}
+    assert settings.read(environ).unknown == ("TRAINFIX_A", "TRAINFIX_QUIETT")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(AttributeError, match="Settings are frozen: cannot set mode"):
+        settings.read({}).mode = "off"

@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 from tests.support import experiment
 from tests.support.experiment import Configuration, Trial
 
+SECONDS = 60
 STAGE_2 = "deepspeed.runtime.zero.stage_1_and_2"
 
 
@@ -67,12 +69,15 @@ def engine_first() -> dict[str, Any]:
 
 
 def between_halves() -> dict[str, Any]:
-    """Something that DeepSpeed's stage_1_and_2 imports brings in trainfix."""
+    """A module that DeepSpeed's stage_1_and_2 imports brings in trainfix."""
+    small = "deepspeed.utils.bwc"
 
     class Bringer:
         def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-            if name == "deepspeed.runtime.fp16.loss_scaler":
-                half.append(hasattr(sys.modules.get(STAGE_2), "DeepSpeedZeroOptimizer"))
+            if name == STAGE_2:
+                sys.modules.pop(small, None)  # so that it is imported once more, from there
+            if name == small and STAGE_2 in sys.modules:
+                half.append(not hasattr(sys.modules[STAGE_2], "DeepSpeedZeroOptimizer"))
                 importlib.import_module("trainfix")
 
     half: list[bool] = []
@@ -111,14 +116,6 @@ def reload() -> dict[str, Any]:
     return answer
 
 
-def reload_engine_module() -> dict[str, Any]:
-    import trainfix  # noqa: F401
-
-    deepspeed = start()
-    importlib.reload(sys.modules["deepspeed.runtime.engine"])
-    return {"coefficients": coefficients(deepspeed), "states": states()}
-
-
 def threads() -> dict[str, Any]:
     """Two threads import DeepSpeed, and a third trainfix, at once."""
     begin = threading.Barrier(3)
@@ -127,7 +124,7 @@ def threads() -> dict[str, Any]:
         begin.wait()
         importlib.import_module(name)
 
-    names = ("deepspeed.comm.torch", "trainfix", STAGE_2)
+    names = ("deepspeed", "trainfix", "deepspeed")
     workers = [threading.Thread(target=bring, args=(name,), daemon=True) for name in names]
     for worker in workers:
         worker.start()
@@ -151,15 +148,14 @@ def back_and_forth() -> dict[str, Any]:
 
 
 def fork() -> dict[str, Any]:
+    """After DeepSpeed is imported and before there is a group: gloo's own threads do not survive a fork."""
     import trainfix  # noqa: F401
 
-    start()
+    importlib.import_module(STAGE_2)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        import deepspeed
-
-        os.write(writer, json.dumps(coefficients(deepspeed)).encode())
+        os.write(writer, json.dumps(coefficients(start())).encode())
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
@@ -203,9 +199,10 @@ def zenflow() -> dict[str, Any]:
     values = experiment.deepspeed_config(Configuration(ga=1))
     options = {"topk_ratio": 0.5, "select_strategy": "step", "select_interval": 4, "update_interval": interval}
     values["zero_optimization"]["zenflow"] = options | {"overlap_step": False, "full_warm_up_rounds": 0}
+    values["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3}}  # for ZenFlow's own optimizer on the device
     model = experiment.build_model(Configuration())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=values)
+    _, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=values)
     return answer | {"built": type(zero).__name__, "steps": zero.gradient_accumulation_steps}
 
 
@@ -213,6 +210,7 @@ def _in_child(entry: Mapping[str, Any], writer: int) -> None:
     os.environ.update(entry["env"])
     sys.path.insert(0, entry["release"])
     answer: dict[str, Any] = {"error": None}
+    signal.alarm(SECONDS)  # a run that hangs is killed, and named
     said = sys.stderr = io.StringIO()
     os.chdir(tempfile.mkdtemp(dir=os.environ["TMPDIR"]))
     try:
@@ -226,7 +224,7 @@ def _in_child(entry: Mapping[str, Any], writer: int) -> None:
 
 def main() -> None:
     import torch
-    import torch.distributed.checkpoint  # noqa: F401  DeepSpeed imports it, and it takes long
+    import torch.distributed.checkpoint  # DeepSpeed imports it, and it takes long
 
     torch.set_num_threads(1)
     answers = []

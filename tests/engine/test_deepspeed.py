@@ -66,11 +66,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         | {"TMPDIR": str(folder)},
         capture_output=True,
         text=True,
-        timeout=580,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = dict(zip([_key(name, place.name, env) for name, place, env in entries], json.loads(done.stdout), strict=True))
+    keys = [_key(name, place.name, env) for name, place, env in entries]
+    found = dict(zip(keys, json.loads(done.stdout), strict=True))
     return lambda name, place=original.name, **env: found[_key(name, place, env)]
 
 
@@ -85,24 +86,23 @@ ORDERS = (
     "between_halves",
     "threads",
     "reload",
-    "reload_engine_module",
     "fork",
     "from_import",
     "back_and_forth",
 )
 
 
-@pytest.mark.parametrize("order", ORDERS[:8])
+@pytest.mark.parametrize("order", ORDERS[:7])
 def test_whatever_the_order_every_micro_batch_arrives_on_0_18_9(order: str, results: Results) -> None:
     found = results(order)
     assert found["error"] is None
-    assert found["states"] == (APPLIED if order != "reload" else APPLIED)
+    assert found["states"] == APPLIED
     assert found["coefficients"] == WHOLE
     assert found["said"].count("TF-0001, TF-0003 applied (deepspeed 0.18.9)") == (2 if order == "reload" else 1)
 
 
 def test_trainfix_really_came_while_stage_1_and_2_was_half_imported(results: Results) -> None:
-    assert results("between_halves")["half"] == [False]
+    assert set(results("between_halves")["half"]) == {True}
 
 
 def test_threads_that_import_at_once_do_not_wait_for_each_other(results: Results) -> None:
@@ -210,10 +210,11 @@ def test_a_zenflow_optimizer_that_reaches_the_error_stops_when_it_is_built(
 
 def test_a_zenflow_optimizer_with_a_short_interval_is_not_stopped(results: Results) -> None:
     found = results("zenflow", UPDATE_INTERVAL="2")
-    assert "TF-0001 is reached" not in str(found["error"]) + found["said"]
+    assert (found["error"], found["built"], found["steps"]) == (None, "ZenFlowZeroOptimizerSequential", 2)
+    assert "TF-0001 is reached" not in found["said"]
 
 
 def test_warn_lets_zenflow_be_built(results: Results) -> None:
     found = results("zenflow", UPDATE_INTERVAL="4", TRAINFIX="warn")
-    assert "UnfixedBugError" not in str(found["error"])
+    assert (found["error"], found["steps"]) == (None, 4)
     assert "ZenFlow with an update interval of 4" in found["said"]

@@ -57,8 +57,8 @@ class Configuration:
     `cpu_adam`: DeepSpeed's compiled optimizer in torch's place. `engine_steps`: the engine's own accumulation steps
     where they are not the window's. `extra` is merged into DeepSpeed's configuration, section by section.
     `loss_scale` (fp16 only): 0 is dynamic, starting at 2**initial_scale_power. `mask`: '0110' uses a side branch in the
-    second and third micro-batch only. `overflow_window`: targets are 10**4 times as large there. `overlap`: None is the
-    release's default.
+    second and third micro-batch only; `side`: 0, or the width of a hidden layer in it. `overflow_window`: targets are
+    10**4 times as large there. `overlap`: None is the release's default.
     """
 
     stage: int = 2
@@ -78,6 +78,7 @@ class Configuration:
     clip: float = 0.0
     checkpointing: str = ""
     mask: str = ""
+    side: int = 0
     lr: float = 1e-3
     cpu_adam: bool = False
     engine_steps: int | None = None
@@ -540,7 +541,8 @@ def build_model(configuration: Configuration) -> Any:
             self.blocks = torch.nn.ModuleList(torch.nn.Sequential(linear(37, 37), tanh()) for _ in range(2))
             self.last = linear(37, 3)
             if configuration.mask:
-                self.side = linear(12, 37)
+                wide = configuration.side
+                self.side = torch.nn.Sequential(linear(12, wide), linear(wide, 37)) if wide else linear(12, 37)
 
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             hidden = self.first(inputs)

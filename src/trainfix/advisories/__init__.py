@@ -34,8 +34,7 @@ class UnknownAdvisory(Exception):
 
 @dataclass(frozen=True)
 class Trigger:
-    """One condition that a run must meet to reach the error. Either `key` with `equals` or `at_least`, or `when`: a
-    text for what no config file can show."""
+    """One condition for reaching the error: `key` with `equals` or `at_least`, or `when`, which no config can show."""
 
     key: str | None = None
     equals: tuple[object, ...] = ()
@@ -80,8 +79,7 @@ class Advisory:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one advisory means for one installed release. `shape` is the deciding evidence shape, None if decided by
-    version."""
+    """What one advisory means for one installed release. `shape` is that of the evidence, None if it has no source."""
 
     verdict: VerdictName
     by: Literal["shape", "version"]
@@ -178,8 +176,7 @@ _VERDICT_OF: Mapping[ShapeClass, VerdictName] = {
 
 
 def _by_version(advisory: Advisory, version: str) -> VerdictName:
-    """Unknown shape: newer than the last release we ran is unverified, older than the range is not affected, else
-    unknown."""
+    """The verdict on an unknown shape: unverified on a release newer than we ran, not affected on one before the range."""
     from packaging.version import InvalidVersion, Version
 
     try:
@@ -194,7 +191,6 @@ def _by_version(advisory: Advisory, version: str) -> VerdictName:
 
 
 def patches_folder() -> Path:
-    """The folder of the source patches: ``trainfix/patches`` in an installed wheel, ``patches`` at the root of a
-    checkout."""
+    """The folder of the source patches: in an installed wheel ``trainfix/patches``, in a checkout ``patches``."""
     installed = _PACKAGE / "patches"
     return installed if installed.is_dir() else _PACKAGE.parent.parent / "patches"

@@ -10,6 +10,7 @@ from typing import Any
 
 TIMEOUT_SECONDS = 60.0
 _POLL_SECONDS = 0.02
+_READ_SECONDS = 2.0
 _agreed: set[tuple[str, int, tuple[int, ...]]] = set()
 
 
@@ -65,12 +66,24 @@ def _join(group: Any) -> tuple[Any, tuple[int, ...], int] | None:
 def _exchange(
     store: Any, prefix: str, ranks: tuple[int, ...], own: int, digest: str, timeout: float
 ) -> dict[int, str | None]:
-    """What each rank published; None for one that had not when the time was up."""
+    """What each rank published; None for one that had not when the time was up.
+
+    If they differ, this rank is about to end, and the store with it if it holds it: the others read first.
+    """
     store.set(f"{prefix}/{own}", digest)
+    present = _wait(store, {f"{prefix}/{rank}": rank for rank in ranks}, timeout)
+    found = {rank: store.get(f"{prefix}/{rank}").decode() if rank in present else None for rank in ranks}
+    store.set(f"{prefix}/{own}/read", "")
+    if any(value != digest for value in found.values()):
+        _wait(store, {f"{prefix}/{rank}/read": rank for rank in present}, min(timeout, _READ_SECONDS))
+    return found
+
+
+def _wait(store: Any, keys: dict[str, int], timeout: float) -> set[int]:
+    """The ranks whose keys were there within `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    waiting = list(ranks)
     while True:
-        waiting = [rank for rank in waiting if not store.check([f"{prefix}/{rank}"])]
-        if not waiting or time.monotonic() > deadline:
-            return {rank: None if rank in waiting else store.get(f"{prefix}/{rank}").decode() for rank in ranks}
+        present = {rank for key, rank in keys.items() if store.check([key])}
+        if len(present) == len(keys) or time.monotonic() > deadline:
+            return present
         time.sleep(_POLL_SECONDS)

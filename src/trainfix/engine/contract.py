@@ -90,8 +90,7 @@ _KEPT = "_trainfix_kept"
 
 
 def keep_until_window_ends(instance: object, methods: Mapping[str, Function]) -> None:
-    """Let `instance`, which is in mid-window, finish that window with these methods although its class is being
-    restored."""
+    """Let `instance`, which is in mid-window, finish it with these methods although its class is being restored."""
     vars(instance).setdefault(_KEPT, {}).update(methods)
     for name, function in methods.items():
         vars(instance)[name] = MethodType(function, instance)

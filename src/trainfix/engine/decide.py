@@ -55,8 +55,7 @@ def decide(
     shapes: Mapping[str, str | None],
     others: Mapping[str, str] = _NOBODY,
 ) -> Decision:
-    """Decide on `advisory` from the installed versions (package -> version) and shapes (path -> shape, None if
-    unreadable).
+    """Decide on `advisory` from installed versions (package -> version) and shapes (path -> shape, None if unreadable).
 
     `others` names who has replaced a function before us (path -> description); doctor, which imports nothing, knows
     of nobody.

@@ -117,8 +117,7 @@ def arm() -> None:
 
 
 def _when_initialized(module: ModuleType) -> None:
-    """`module` is being executed further up this very stack (or in another thread): act when the import system marks
-    it done.
+    """`module` is being executed further up this stack, or in another thread: act when the import system marks it done.
 
     It does so by setting ``__spec__._initializing`` to False, the one event that a module already under way still
     gives.

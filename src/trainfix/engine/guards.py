@@ -15,8 +15,7 @@ Reached = Callable[..., None]
 
 
 def wrap(guard: Guard, original: Function, look: Reached) -> Function:
-    """`original` with the guard around it: `look` gets the built object, or, before any other method, the call's
-    arguments."""
+    """`original` with the guard around it: `look` gets the built object, or any other call before it is made."""
     from wrapt import FunctionWrapper
 
     def guarded(wrapped: Function, instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -39,8 +38,7 @@ def built_before(guard: Guard) -> list[object]:
 
 
 def asked(guard: Guard, advisory: Advisory, *args: Any, **kwargs: Any) -> str | None:
-    """The reason why this call reaches the advisory, or None. A predicate that fails is no reason to break a run: it
-    is said."""
+    """Why this call reaches the advisory, or None. A predicate that fails breaks no run: it is said."""
     try:
         return guard.reached[advisory.id](*args, **kwargs)
     except Exception as error:

@@ -193,8 +193,7 @@ def _put_in_place(repair: _Repair) -> None:
 
 
 def _stand_guard(repair: _Repair) -> None:
-    """Wrap the constructors and, where the repair is not in place, the events by which a run shows that it reaches
-    an error."""
+    """Wrap the constructors and, where nothing is repaired, the events that show that a run reaches an error."""
     active = repair.guarded - set(_disabled)
     loud = active - repair.applied
     for guard in repair.fix.guards:

@@ -18,8 +18,7 @@ class Missing(LookupError):
 
 @dataclass(frozen=True)
 class Slot:
-    """A place that holds a function: an attribute of a class or module, or (`owner` is a cell) inside a known
-    decorator."""
+    """A place that holds a function: an attribute of a class or module, or a cell inside a known decorator."""
 
     owner: Any
     name: str
@@ -84,8 +83,7 @@ def live_shape(path: str) -> str | None:
 
 
 def foreign(path: str) -> str | None:
-    """Who has replaced the function at `path` (live function against installed text), or None if it is the module's
-    own."""
+    """Who has replaced the function at `path`, told from where it was compiled; None if it is the module's own."""
     try:
         slot, live = resolve(path)
     except Missing:
@@ -142,8 +140,7 @@ def take_out(entries: Sequence[Entry]) -> None:
 
 
 def standing(journal: Sequence[Entry]) -> list[Entry]:
-    """The entries whose replacement is still there, with one more for every alias of a module's function taken
-    since."""
+    """The entries whose replacement is still there, and one more for every alias of a function taken since."""
     found = [entry for entry in journal if entry.holder() is None]
     of_modules = {id(entry.replacement): entry for entry in journal if isinstance(entry.slot.owner, ModuleType)}
     for entry in of_modules.values():

@@ -59,8 +59,7 @@ def _location(metadata: Metadata, path: str) -> Path:
 
 
 def source_text(distribution: Distribution, module: str) -> str | None:
-    """The source of `module` as installed with `distribution`; None if it has no such source file (absent, or only
-    ``.pyc``).
+    """The source of `module` as installed with `distribution`; None if there is no such file (or only a ``.pyc``).
 
     Raises EnvironmentProblem when the file is there and cannot be read.
     """

@@ -69,8 +69,7 @@ def _canonical(node: object) -> str:
 
 
 def _merged(values: list[ast.expr]) -> list[ast.expr]:
-    """The parts of an f-string with neighbouring texts joined: some Python 3.12 releases split them or add empty
-    ones."""
+    """The parts of an f-string, neighbouring texts joined: some Python 3.12 releases split them or add empty ones."""
     merged: list[ast.expr] = []
     for value in values:
         text = value.value if isinstance(value, ast.Constant) else None
@@ -139,8 +138,7 @@ def _block(lines: list[str], first: int) -> ast.stmt | None:
 
 
 def shape_in_text(text: str, qualname: str) -> str | None:
-    """Shape of the function `qualname` (``Class.method`` or ``function``) in the source `text`; None if it is not
-    there.
+    """Shape of `qualname` (``Class.method`` or ``function``) in the source `text`; None if it is not there.
 
     Only the function itself is parsed, so a file of 3000 lines costs a few milliseconds.
     Raises ShapeError when this Python's syntax trees cannot be compared.
@@ -167,8 +165,7 @@ def shape_in_text(text: str, qualname: str) -> str | None:
 def _find(
     lines: list[str], begin: int, end: int, depth: int, wanted: re.Pattern[str], last: bool = False
 ) -> int | None:
-    """Index of the line directly inside depth `depth` that matches: the last one if `last` (a later def replaces an
-    earlier)."""
+    """Index of the line directly inside `depth` that matches; the last if `last`: a later def replaces an earlier."""
     hits = [i for i in range(begin, end) if wanted.match(lines[i]) and _indent(lines[i]) > depth]
     if not hits:
         return None
@@ -183,8 +180,7 @@ def _end_of_class(lines: list[str], at: int, end: int) -> int:
 
 
 def unwrap(function: object) -> types.FunctionType | None:
-    """The plain function behind a method and its known decorators; None if there is none (a builtin, a foreign
-    object)."""
+    """The plain function behind a method and its known decorators; None if there is none (a builtin, say)."""
     function = getattr(function, "__func__", function)
     while type(function) is types.FunctionType:  # isinstance would believe wrapt's proxies
         cell = decorator_cell(function)

@@ -31,8 +31,7 @@ class Segment(NamedTuple):
 
 
 def accumulate(segments: Sequence[Segment]) -> None:
-    """Store or add each segment's gradient, in order, in the destination's dtype (float32 unless the masters are
-    narrower).
+    """Store or add each segment's gradient, in order, in the destination's dtype (float32, or narrower masters').
 
     Raises ValueError, having touched nothing, when a segment's two sides differ in length.
     """
@@ -53,7 +52,6 @@ def accumulate(segments: Sequence[Segment]) -> None:
 
 
 def norm(gradient: torch.Tensor) -> torch.Tensor:
-    """L2 norm of a host tensor as a float64 scalar on the host, without a float64 copy of it. Not finite if any
-    element is not."""
+    """L2 norm of a host tensor, a float64 scalar, without a float64 copy of it. Not finite if any element is not."""
     parts = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in torch.split(gradient, CHUNK_ELEMENTS)]
     return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros((), dtype=torch.float64)

@@ -87,6 +87,7 @@ ZERO_GRAD: Table = {
 }
 
 UNUSED = "side branch unused in a whole window"
+UNUSED_PARTITION = "all of a rank's partition unused in a whole window"  # the second rank's: side makes 10037 of 13444
 EVENTS: Table = {
     "resume": {"scenario": "resume"},
     "resume, bf16": {"scenario": "resume", "dtype": "bf16"},
@@ -98,6 +99,7 @@ EVENTS: Table = {
     "safe gradients": {"scenario": "safe_gradients"},
     "safe gradients, two groups": {"scenario": "safe_gradients", "groups": 2},
     UNUSED: {"scenario": "unused_window", "mask": "1111"},
+    UNUSED_PARTITION: {"scenario": "unused_window", "mask": "1111", "side": 200},
     "calls": {"scenario": "calls"},
     "calls, small buckets": {"scenario": "calls", **SMALL},
 }
@@ -130,7 +132,8 @@ TWO_RANKS_HANDED_OVER: Table = {
     "stage 1 with offload": {"stage": 1},
 }
 TWO_RANKS_EVENTS: Table = {
-    name: EVENTS[name] for name in ("resume, bf16", "load in mid-window", "destroy", "safe gradients", UNUSED)
+    name: EVENTS[name]
+    for name in ("resume, bf16", "load in mid-window", "destroy", "safe gradients", UNUSED, UNUSED_PARTITION)
 }
 
 # What one child runs. The scenarios that leave something behind come last.

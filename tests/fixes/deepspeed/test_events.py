@@ -68,12 +68,13 @@ def test_a_checkpoint_loaded_in_mid_window_on_two_ranks_ends_that_window(repaire
     assert repaired_ranks["load in mid-window"]["resumed"] == repaired_ranks["load in mid-window"]["uninterrupted"]
 
 
-def test_a_branch_unused_in_a_whole_window_on_0_18_9_gets_zero_only_with_trainfix(unpatched, repaired, repaired_ranks):
-    """Without trainfix the optimizer consumes the branch's gradient of the window before once more."""
-    _, stale, _ = windows(unpatched[tables.UNUSED])
+@pytest.mark.parametrize("name", [tables.UNUSED, tables.UNUSED_PARTITION])
+@pytest.mark.parametrize("ranks", ["", "_ranks"])
+def test_what_a_whole_window_leaves_unused_on_0_18_9_gets_zero_only_with_trainfix(request, name, ranks):
+    """Without trainfix the optimizer consumes its gradient of the window before once more."""
+    _, stale, _ = windows(request.getfixturevalue(f"unpatched{ranks}")[name])
     assert stale["residual"] > 0.05
-    assert_right(repaired[tables.UNUSED])
-    assert_right(repaired_ranks[tables.UNUSED])
+    assert_right(request.getfixturevalue(f"repaired{ranks}")[name])
 
 
 def test_several_engines_on_0_18_9_keep_their_windows_apart(unpatched, repaired):

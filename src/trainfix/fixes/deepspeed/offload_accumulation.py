@@ -1,16 +1,15 @@
 """ZeRO-2 with CPU offload: every micro-batch of the window reaches the optimizer. Repairs TF-0001 and TF-0003.
 
-TF-0001: deepspeed#6550 (0.15.2) made `async_accumulate_grad_in_cpu_via_gpu` either add the host buffer to the
-gradient or copy the gradient into the buffer, so the sums of the middle micro-batches were thrown away. Fixed by
-#7967 and #7981
-(0.19.0). TF-0003: `copy_grads_in_partition` keeps nothing between micro-batches when the engine's accumulation steps
-are 1, as when the caller drives `set_gradient_accumulation_boundary`; present since 0.14 at least, fixed by #7981
-(0.19.0).
+TF-0001: deepspeed#6550 (0.15.2) made `async_accumulate_grad_in_cpu_via_gpu` either add the host buffer to the gradient
+or copy the gradient into the buffer, so the sums of the middle micro-batches were thrown away.
+TF-0003: `copy_grads_in_partition` keeps nothing between micro-batches when the engine's accumulation steps are 1, as
+when the caller drives `set_gradient_accumulation_boundary`; present since 0.14 at least.
+Both were fixed by #7967 and #7981 (0.19.0).
 
-What we do instead: each micro-batch's slice of this rank's partition goes straight into DeepSpeed's own master
-gradient on the host, float32: the first touch in a window stores, later ones add, an untouched parameter is zeroed
-at the step. A window in which DeepSpeed's own code loses nothing (a lone micro-batch, or two) is left to that code,
-bit for bit.
+What we do instead: each micro-batch's slice of this rank's partition goes straight into DeepSpeed's own float32 master
+gradient on the host: the first touch in a window stores, later ones add, and what the window does not touch is zeroed
+in its last micro-batch. A window in which DeepSpeed's own code loses nothing (a lone micro-batch, or two) is left to
+that code, bit for bit.
 
 Delete this file when no supported framework pins a DeepSpeed older than 0.19.0.
 """
@@ -31,36 +30,37 @@ _OPTIMIZER = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer."
 class Window:
     """What happened to one optimizer since its last step.
 
-    ours: we accumulate; else DeepSpeed's own code does. foreign: began before trainfix saw it, so DeepSpeed finishes
-    it.
-    left: parameters that DeepSpeed's code took so far -> whether their sum stands in the master gradient (else in
-    its buffer).
-    touched: parameters whose master gradient holds this window's sum. settled: norms and zeros are up to date.
-    queue: gradients of the bucket being reduced.
+    ours: we accumulate; else DeepSpeed's own code does.
+    foreign: began before trainfix saw it, so DeepSpeed finishes it.
+    left: parameters that DeepSpeed's code took -> whether their sum stands in the master gradient (else in its buffer).
+    touched: parameters whose master gradient holds this window's sum.
+    cleared: the master gradients of all others are zero.
+    settled: norms and overflow flag are those of the sums.
+    queue: parameters of the bucket that is being reduced.
     """
 
-    __slots__ = ("foreign", "left", "ours", "queue", "reducing", "settled", "touched")
+    __slots__ = ("cleared", "foreign", "left", "ours", "queue", "reducing", "settled", "touched")
 
     def __init__(self, *, foreign: bool = False) -> None:
         self.foreign = foreign
         self.ours = False
         self.reducing = False
         self.settled = True
+        self.cleared = False
         self.left: dict[int, bool] = {}
         self.touched: set[int] = set()
         self.queue: list[Any] = []
 
     @property
     def begun(self) -> bool:
-        return bool(self.foreign or self.left or self.touched)
+        return bool(self.foreign or self.ours or self.left)
 
 
 _windows: WeakKeyDictionary[Any, Window] = WeakKeyDictionary()
 
 
 def _repairs(optimizer: Any) -> bool:
-    """DeepSpeed's own ZeRO-2 optimizer with its optimizer state on the host. Subclasses (ZenFlow) have paths of
-    their own."""
+    """DeepSpeed's own ZeRO-2 optimizer with its state on the host. Subclasses (ZenFlow) have paths of their own."""
     own = type(optimizer).__qualname__ == "DeepSpeedZeroOptimizer"
     return own and optimizer.cpu_offload and optimizer.partition_gradients
 
@@ -70,8 +70,7 @@ def _in_window() -> Iterator[Any]:
 
 
 def _window(optimizer: Any) -> Window:
-    """The optimizer's window. One that was built before trainfix, and is past its first micro-batch, finishes as it
-    began."""
+    """The optimizer's window. Of an optimizer that trainfix meets in mid-window, that window is DeepSpeed's."""
     window = _windows.get(optimizer)
     if window is None:
         window = _windows[optimizer] = Window(foreign=optimizer.micro_step_id > _first_micro_step(optimizer))
@@ -79,14 +78,13 @@ def _window(optimizer: Any) -> Window:
 
 
 def _first_micro_step(optimizer: Any) -> int:
-    """`micro_step_id` in a window's first micro-batch: 0, but up to 0.15.1 it is 1 before the optimizer's first step."""
+    """`micro_step_id` in a window's first micro-batch: 0, but up to 0.15.1 it is 1 before the first step."""
     counts_from_zero = hasattr(sys.modules[type(optimizer).__module__], "INITIAL_MICRO_STEP_ID")
     return 0 if counts_from_zero or optimizer._global_grad_norm != 0 else 1
 
 
 def _forget_idle_windows() -> None:
-    """After a revert DeepSpeed's own code may be in mid-window where we remember none: such optimizers are strangers
-    again."""
+    """After a revert DeepSpeed's code may be in mid-window where we remember none: such optimizers are strangers."""
     for optimizer, window in list(_windows.items()):
         if not window.begun:
             del _windows[optimizer]
@@ -116,20 +114,19 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
     copy_grads_in_partition = originals[_OPTIMIZER + "copy_grads_in_partition"]
     reduce_ipg_grads = originals[_OPTIMIZER + "reduce_ipg_grads"]
 
-    def loses(optimizer: Any, window: Window, parameter_id: int) -> bool:
-        """Whether DeepSpeed's own code, given this gradient now, would lose it or an earlier one of the window."""
+    def loses(optimizer: Any, window: Window, parameter_id: int | None) -> bool:
+        """Whether DeepSpeed's own code, given this gradient now, or none, would lose it or an earlier one."""
         steps = optimizer.gradient_accumulation_steps
         if steps == 1:  # it does nothing before the boundary; there it overwrites, as a loop that skips a step may want
             return lone_is_lost and not _at_boundary(optimizer)
         if not middle_is_lost:
             return False
-        if steps > 2 or window.left.get(parameter_id):
+        if steps > 2 or (parameter_id is not None and window.left.get(parameter_id)):
             return True
         return optimizer.micro_step_id > 0 and not _at_boundary(optimizer)
 
     def take_over(optimizer: Any, window: Window) -> None:
-        """From here on we accumulate: what DeepSpeed's code still holds in its buffers moves into the master
-        gradient."""
+        """From here on we accumulate. What DeepSpeed's code still holds in its buffers moves to the master gradient."""
         if window.left:
             get_accelerator().synchronize()  # its copies to the host are asynchronous
         for parameter_id, in_master in window.left.items():
@@ -160,8 +157,7 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
             flush(self, window)
 
     def flush(optimizer: Any, window: Window) -> None:
-        """The bucket's gradients go to the host in one call, on the stream that DeepSpeed copies on, before it is
-        refilled."""
+        """Send the bucket to the host in one call, on the stream that DeepSpeed copies on, before it is refilled."""
         segments = []
         for param in window.queue:
             parameter_id = optimizer.get_param_id(param)
@@ -183,6 +179,8 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
         if not _repairs(self):
             return reduce_ipg_grads(self, *args, **named)
         window = _window(self)
+        if not window.ours and not window.foreign and loses(self, window, None):
+            take_over(self, window)  # also where this rank has no gradient in the whole window
         window.reducing = True
         try:
             result = reduce_ipg_grads(self, *args, **named)
@@ -190,24 +188,30 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
             window.reducing = False
         if window.queue:
             flush(self, window)
+        if window.ours and _at_boundary(self):
+            clear(self, window)
         return result
 
+    def clear(optimizer: Any, window: Window) -> None:
+        """Once per window, in its last micro-batch: what it has not touched until then is zero, whoever reads it."""
+        if window.cleared:
+            return
+        for group in optimizer.params_in_partition:
+            for parameter_id in map(optimizer.get_param_id, group):
+                if parameter_id not in window.touched:
+                    _slice(optimizer, parameter_id)[0].zero_()
+        window.cleared = True
+
     def settle(optimizer: Any) -> None:
-        """Before the step reads anything: norms and the overflow flag of the sums, zeros where the window brought
-        nothing."""
+        """Before the step reads anything: norms and the overflow flag of the sums."""
         window = _windows.get(optimizer)
         if window is None or not window.ours or window.settled:
             return
-        for group in optimizer.params_in_partition:
-            for param in group:
-                parameter_id = optimizer.get_param_id(param)
-                master = _slice(optimizer, parameter_id)[0]
-                if parameter_id not in window.touched:
-                    master.zero_()
-                    continue
-                norm = gradcopy.norm(master)
-                optimizer.norm_for_param_grads[parameter_id] = norm
-                optimizer.local_overflow = optimizer.local_overflow or not norm.isfinite().item()
+        clear(optimizer, window)
+        for parameter_id in window.touched:
+            norm = gradcopy.norm(_slice(optimizer, parameter_id)[0])
+            optimizer.norm_for_param_grads[parameter_id] = norm
+            optimizer.local_overflow = optimizer.local_overflow or not norm.isfinite().item()
         window.settled = True
 
     def before(original: Function) -> Function:

@@ -7,12 +7,14 @@ import os
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.engine.conftest import Once
 from tests.support import standin
 from tests.support.releases import release
 
@@ -53,6 +55,28 @@ os._exit(0)
 """
 
 
+# One process imports torch, and forks the ranks of each trial in turn, so that torch is imported once.
+LAUNCHER = """
+import json, os, signal, sys
+import numpy, torch, torch.distributed.checkpoint
+torch.set_num_threads(1)
+trials = json.load(sys.stdin)
+for folder, environments in trials:
+    children = []
+    for rank, environment in enumerate(environments):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # none may hang: a rank that does is killed, and has given no answer
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
+            os.environ.update(environment)
+            exec(os.environ["PROGRAM"])
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    open(f"{folder}/codes", "w").write(json.dumps(codes))
+"""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How one rank ended. `answer` is None when it said nothing."""
@@ -62,38 +86,63 @@ class Ended:
     err: str
 
 
-def ranks(*how: str, **env: str) -> list[Ended]:
-    """Run one process per entry of `how`; `env` is added to the last one's environment. None may hang."""
+# name -> what each rank does, and what is added to the last one's environment
+TRIALS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "equal": (("same", "same"), {}),
+    "off": (("same", "off"), {"TRAINFIX": "off"}),
+    "disabled": (("same", "same"), {"TRAINFIX_DISABLE": "TF-0001,TF-0003"}),
+    "dies": (("same", "dies"), {}),
+    "different": (("same", "version"), {}),
+    "store dies": (("dies", "same"), {}),
+    "warn": (("version", "same"), {"TRAINFIX": "warn"}),
+    "alone": (("same",), {}),
+}
+
+
+@pytest.fixture(scope="session")
+def ranks(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Ended]]:
+    """How the ranks of one trial ended."""
+    found = once("agreement", lambda: _run({name: tmp_path_factory.mktemp("ranks") for name in TRIALS}))
+    return lambda name: [Ended(**ended) for ended in found[name]]
+
+
+def _run(folders: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """How each rank of each trial ended, as `Ended` takes it."""
+    paths = [release("0.18.9"), standin.SOURCE, standin.ROOT]
+    environment = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONWARNINGS": "ignore", "PROGRAM": RANK}
+    trials = [(str(folders[name]), _environments(*TRIALS[name])) for name in TRIALS]
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER],
+        input=json.dumps(trials),
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: _ended(folder) for name, folder in folders.items()}
+
+
+def _environments(how: tuple[str, ...], extra: dict[str, str]) -> list[dict[str, str]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    paths = [release("0.18.9"), standin.SOURCE, standin.ROOT]
-    shared = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "PYTHONWARNINGS": "ignore",
-        "WORLD_SIZE": str(len(how)),
-        "LOCAL_SIZE": str(len(how)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "SECONDS": str(TIMEOUT),
-    }
-    children = []
-    for rank, part in enumerate(how):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "HOW": part} | (env if rank == len(how) - 1 else {})
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        children.append(subprocess.Popen([sys.executable, "-c", RANK], env=shared | own, **streams))
-    end = time.monotonic() + 120
-    try:
-        spoken = [child.communicate(timeout=max(1, end - time.monotonic())) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    return [_ended(child.returncode, out, err) for child, (out, err) in zip(children, spoken, strict=True)]
+        port = str(probe.getsockname()[1])
+    count = str(len(how))
+    shared = {"WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"SECONDS": str(TIMEOUT)}
+    own = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "HOW": part} for rank, part in enumerate(how)]
+    own[-1] |= extra
+    return own
 
 
-def _ended(code: int, out: str, err: str) -> Ended:
-    lines = [line for line in out.splitlines() if line.startswith('{"error"')]
-    return Ended(code, json.loads(lines[-1]) if lines else None, err)
+def _ended(folder: Path) -> list[dict[str, Any]]:
+    found = []
+    for rank, code in enumerate(json.loads((folder / "codes").read_text())):
+        out, err = (folder / f"out{rank}").read_text(), (folder / f"err{rank}").read_text()
+        lines = [line for line in out.splitlines() if line.startswith('{"error"')]
+        found.append({"code": code, "answer": json.loads(lines[-1]) if lines else None, "err": err})
+    return found
 
 
 def words(ended: Ended) -> str:
@@ -102,21 +151,20 @@ def words(ended: Ended) -> str:
     return str(ended.answer["error"])
 
 
-def test_two_ranks_with_the_same_repair_agree_once_for_two_engines() -> None:
-    for ended in ranks("same", "same"):
+Ranks = Callable[[str], list[Ended]]
+
+
+def test_two_ranks_with_the_same_repair_agree_once_for_two_engines(ranks: Ranks) -> None:
+    for ended in ranks("equal"):
         assert ended.answer is not None, ended.err
         assert ended.answer["error"] is None
         assert ended.answer["coefficients"] == [1.0, 1.0, 1.0, 1.0]
         assert ended.answer["exchanges"] == ["trainfix/0/deepspeed.offload_accumulation/0.1"]
 
 
-@pytest.mark.parametrize(
-    ("how", "env"),
-    [("off", {"TRAINFIX": "off"}), ("same", {"TRAINFIX_DISABLE": "TF-0001,TF-0003"}), ("dies", {})],
-    ids=["off", "disabled", "dies before"],
-)
-def test_a_rank_without_the_repair_is_named_by_the_one_that_has_it(how: str, env: dict[str, str]) -> None:
-    first, _ = ranks("same", how, **env)
+@pytest.mark.parametrize("trial", ["off", "disabled", "dies"])
+def test_a_rank_without_the_repair_is_named_by_the_one_that_has_it(trial: str, ranks: Ranks) -> None:
+    first, _ = ranks(trial)
     assert words(first).startswith(
         "UnfixedBugError: the ranks do not all run the same repair: rank 0 runs trainfix 0.1.0 "
         "deepspeed.offload_accumulation (TF-0001+TF-0003) on deepspeed 0.18.9, but rank 1 did not answer within 4 s "
@@ -126,28 +174,28 @@ def test_a_rank_without_the_repair_is_named_by_the_one_that_has_it(how: str, env
     assert first.answer is not None and TIMEOUT <= first.answer["seconds"] < TIMEOUT + 20
 
 
-def test_two_different_repairs_are_named_by_both_ranks_at_once() -> None:
-    first, second = ranks("same", "version")
+def test_two_different_repairs_are_named_by_both_ranks_at_once(ranks: Ranks) -> None:
+    first, second = ranks("different")
     assert "UnfixedBugError" in words(first) and "UnfixedBugError" in words(second)
     assert "but rank 1 runs trainfix 0.0.9 deepspeed.offload_accumulation (TF-0001+TF-0003)" in words(first)
     assert "rank 1 runs trainfix 0.0.9" in words(second) and "but rank 0 runs trainfix 0.1.0" in words(second)
 
 
-def test_the_rank_that_holds_the_store_dies_and_the_other_says_so() -> None:
-    first, second = ranks("dies", "same")
+def test_the_rank_that_holds_the_store_dies_and_the_other_says_so(ranks: Ranks) -> None:
+    first, second = ranks("store dies")
     assert first.code == 7
     assert "UnfixedBugError: the ranks do not all run the same repair" in words(second)
     assert "rank 0 did not answer within 4 s" in words(second) or "the rank that holds it has ended" in words(second)
 
 
-def test_warn_turns_the_disagreement_into_a_warning() -> None:
-    _, second = ranks("version", "same", TRAINFIX="warn")
+def test_warn_turns_the_disagreement_into_a_warning(ranks: Ranks) -> None:
+    _, second = ranks("warn")
     assert "the ranks do not all run the same repair" in second.err
     assert "UnfixedBugError" not in words(second)
 
 
-def test_one_rank_has_nothing_to_agree_on() -> None:
-    (only,) = ranks("same")
+def test_one_rank_has_nothing_to_agree_on(ranks: Ranks) -> None:
+    (only,) = ranks("alone")
     assert only.answer is not None, only.err
     assert (only.answer["error"], only.answer["exchanges"]) == (None, [])
     assert only.answer["coefficients"] == [1.0, 1.0, 1.0, 1.0]

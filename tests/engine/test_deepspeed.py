@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.conftest import Once
 from tests.support import standin
 from tests.support.releases import release
 
@@ -37,10 +38,15 @@ def altered(folder: Path, function: str, old: str, new: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+@pytest.fixture(scope="session")
+def results(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What one run found; all runs of this file share one warm interpreter, which forks for each."""
-    folder = tmp_path_factory.mktemp("deepspeed")
+    found = once("deepspeed", lambda: _run(tmp_path_factory.mktemp("deepspeed")))
+    return lambda name, place="deepspeed-0.18.9", **env: found[_key(name, place, env)]
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """What every run found. Altered copies of the release go into `folder`."""
     original = release("0.18.9")
     evidence = altered(folder / "evidence", "async_accumulate_grad_in_cpu_via_gpu", "torch.zeros(", "torch.empty(")
     target = altered(folder / "target", "reset_cpu_buffers", "{}", "dict()")
@@ -71,8 +77,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     )
     assert done.returncode == 0, done.stderr
     keys = [_key(name, place.name, env) for name, place, env in entries]
-    found = dict(zip(keys, json.loads(done.stdout), strict=True))
-    return lambda name, place=original.name, **env: found[_key(name, place, env)]
+    return dict(zip(keys, json.loads(done.stdout), strict=True))
 
 
 def _key(name: str, place: str, env: dict[str, str]) -> str:

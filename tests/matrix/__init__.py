@@ -172,8 +172,8 @@ def representatives() -> list[str]:
 
 
 def digest() -> str:
-    """Of everything a row depends on: a row with another digest is run again."""
-    rooms = [ROOT / "src" / "trainfix" / room for room in ("engine", "fixes", "gradcopy", "advisories", "measure")]
+    """Of what a row's numbers come from: the repair, the catalogue, the experiment. Another digest: run again."""
+    rooms = [ROOT / "src" / "trainfix" / room for room in ("fixes", "gradcopy", "advisories", "measure")]
     files = [path for room in rooms for path in sorted(room.rglob("*")) if path.suffix in (".py", ".json")]
     files += [ROOT / "tests/support/experiment.py", ROOT / "tests/matrix/__init__.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]

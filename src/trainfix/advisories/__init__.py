@@ -176,7 +176,7 @@ _VERDICT_OF: Mapping[ShapeClass, VerdictName] = {
 
 
 def _by_version(advisory: Advisory, version: str) -> VerdictName:
-    """The verdict on an unknown shape: unverified on a release newer than we ran, not affected on one before the range."""
+    """The verdict on an unknown shape: unverified on a newer release than we ran, not affected before the range."""
     from packaging.version import InvalidVersion, Version
 
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 TIMEOUT_SECONDS = 60.0
@@ -73,9 +74,10 @@ def _exchange(
     store.set(f"{prefix}/{own}", digest)
     present = _wait(store, {f"{prefix}/{rank}": rank for rank in ranks}, timeout)
     found = {rank: store.get(f"{prefix}/{rank}").decode() if rank in present else None for rank in ranks}
-    store.set(f"{prefix}/{own}/read", "")
-    if any(value != digest for value in found.values()):
-        _wait(store, {f"{prefix}/{rank}/read": rank for rank in present}, min(timeout, _READ_SECONDS))
+    with suppress(RuntimeError):  # whoever holds the store may have ended by now: this rank has read
+        store.set(f"{prefix}/{own}/read", "")
+        if any(value != digest for value in found.values()):
+            _wait(store, {f"{prefix}/{rank}/read": rank for rank in present}, min(timeout, _READ_SECONDS))
     return found
 
 

@@ -258,12 +258,13 @@ standin.core.Engine.keep = intruder
 try:
     trainfix.revert()
 except RuntimeError as error:
-    answer = [str(error), support.states(), standin.functions.total([1, 2, 3])]
+    answer = [str(error), support.states(), standin.functions.total([1, 2, 3]), trainfix.status()[0].reason]
 standin.core.Engine.keep = ours
 assert trainfix.revert() == ("SI-0001", "SI-0002")
 """
-    words, states, total = standin.answer(affected, START + script)
+    words, states, total, reason = standin.answer(affected, START + script)
     assert words.startswith("cannot revert SI-0001, SI-0002: standin.core.Engine.keep (")
+    assert reason.startswith("keep has since been replaced by __main__.intruder (<string>:")
     assert "has since been replaced by __main__.intruder (<string>:" in words
     assert states == dict.fromkeys(standin.IDS, "applied")
     assert total == 6

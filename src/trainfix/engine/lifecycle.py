@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -307,7 +307,16 @@ def _record(advisory: Advisory) -> Record:
             reason = f"shared with {', '.join(sorted(repair.applied - set(_disabled)))}"
         else:
             state, reason = ("reverted" if advisory.id in _reverted else "disabled"), _disabled[advisory.id]
+    if state == "applied":
+        reason = "; ".join(filter(None, [reason, *_since_replaced(repair)]))
     return Record(advisory.id, advisory.fix, advisory.package, repair.installed, target, state, reason, decision.shape)
+
+
+def _since_replaced(repair: _Repair) -> Iterator[str]:
+    """Who stands where we stood: a wrapper that still calls us, or somebody who undid the repair. We cannot tell."""
+    for entry in repair.journal:
+        if (holder := entry.holder()) is not None:
+            yield f"{entry.slot.name} has since been replaced by {holder}"
 
 
 def _waiting(advisory: Advisory) -> tuple[State, str]:

@@ -14,7 +14,7 @@ def _outcome(row: Row) -> str:
     if row["complaints"]:
         return "; ".join(row["complaints"])
     if row["wrong_before"]:
-        return f"{len(row['wrong_before'])} configurations wrong before, 0 after"
+        return f"{len(row['wrong_before'])} of {row['configurations']} configurations wrong before, 0 after"
     return "right before, untouched"
 
 

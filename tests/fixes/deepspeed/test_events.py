@@ -14,6 +14,7 @@ from tests.fixes.deepspeed.judging import (
     windows,
 )
 
+pytestmark = pytest.mark.slow
 WITH_OFFLOAD = [name for name, asked in tables.ZERO_GRAD.items() if asked["offload"]]
 
 

@@ -18,10 +18,8 @@ from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _TIMEOUT = 300.0
-_TOLERANCE = 1e-3
-"""How far a coefficient may be from right (DESIGN: "within 1e-3")."""
-_ROUNDING = 1e-6
-"""The relative error that float32 arithmetic may leave against the float64 reference."""
+_TOLERANCE = 1e-3  # how far a coefficient may be from right
+_ROUNDING = 1e-6  # the relative error that float32 arithmetic may leave against the float64 reference
 
 _WITHOUT_FIX = """
 import importlib, sys, types

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,42 @@ def test_one_rank_has_nothing_to_agree_on(ranks: Ranks) -> None:
     assert only.answer is not None, only.err
     assert (only.answer["error"], only.answer["exchanges"]) == (None, [])
     assert only.answer["coefficients"] == [1.0, 1.0, 1.0, 1.0]
+
+
+class Counting:
+    """A store that notes its requests."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.requests = store, []
+
+    def __getattr__(self, name: str) -> Any:
+        def request(*arguments: Any) -> Any:
+            self.requests.append(name)
+            return getattr(self.store, name)(*arguments)
+
+        return request
+
+
+def exchanged(digests: list[str]) -> tuple[list[dict[int, str | None]], list[Counting]]:
+    """What as many threads as digests, each a rank, learn from each other through one store of torch."""
+    from torch.distributed import HashStore
+
+    from trainfix.engine import agreement
+
+    shared, ranks = HashStore(), tuple(range(len(digests)))
+    stores = [Counting(shared) for _ in ranks]
+    with ThreadPoolExecutor(max_workers=len(ranks)) as pool:
+        jobs = [pool.submit(agreement._exchange, stores[r], "x", ranks, r, digests[r], 5.0) for r in ranks]
+        return [job.result() for job in jobs], stores
+
+
+def test_agreeing_costs_a_rank_the_same_few_requests_whatever_the_number_of_ranks() -> None:
+    for size in (2, 64):
+        found, stores = exchanged(["same"] * size)
+        assert all(set(answer.values()) == {"same"} and len(answer) == size for answer in found)
+        assert max(len([name for name in store.requests if name != "check"]) for store in stores) <= 6
+
+
+def test_one_different_rank_of_many_is_named_by_every_rank() -> None:
+    found, _ = exchanged(["same"] * 15 + ["other"])
+    assert all(answer[15] == "other" and answer[0] == "same" for answer in found)

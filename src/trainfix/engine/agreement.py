@@ -1,8 +1,11 @@
-"""All ranks of a process group run the same repair, or every rank that has trainfix raises: never a silent mixture,
-never a hang."""
+"""All ranks of a process group run the same repair, or every rank that has trainfix raises.
+
+Never a silent mixture, never a hang.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
@@ -10,8 +13,9 @@ from contextlib import suppress
 from typing import Any
 
 TIMEOUT_SECONDS = 60.0
-_POLL_SECONDS = 0.02
+_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.01, 0.5
 _READ_SECONDS = 2.0
+_NAMED = 8  # a message for a thousand ranks need not name them all
 _agreed: set[tuple[str, int, tuple[int, ...]]] = set()
 
 
@@ -35,14 +39,16 @@ def disagreement(name: str, digest: str, group: Any, timeout: float | None = Non
         found = _exchange(store, prefix, ranks, own, digest, timeout)
     except RuntimeError as error:  # torch's DistError: the rank that holds the store is gone
         return f"the ranks' store cannot be reached ({error}): the rank that holds it has ended"
+    others = {rank: value for rank, value in found.items() if value != digest}
     complaints = [
         f"rank {rank} did not answer within {timeout:g} s "
         "(trainfix is missing, off or disabled there, or that rank has ended)"
         if value is None
         else f"rank {rank} runs {value}"
-        for rank, value in found.items()
-        if value != digest
+        for rank, value in list(others.items())[:_NAMED]
     ]
+    if len(others) > _NAMED:
+        complaints.append(f"and {len(others) - _NAMED} more ranks do not agree")
     if not complaints:
         _agreed.add(key)
         return None
@@ -69,23 +75,32 @@ def _exchange(
 ) -> dict[int, str | None]:
     """What each rank published; None for one that had not when the time was up.
 
-    If they differ, this rank is about to end, and the store with it if it holds it: the others read first.
+    While all agree this costs a rank a few requests, however many ranks there are: the last one to come counts who came
+    with its digest and leaves the verdict. Only where they differ is every rank's digest read.
     """
+    tag = hashlib.sha256(digest.encode()).hexdigest()[:16]
+    alike, verdict = f"{prefix}/alike/{tag}", f"{prefix}/verdict"
     store.set(f"{prefix}/{own}", digest)
-    present = _wait(store, {f"{prefix}/{rank}": rank for rank in ranks}, timeout)
+    store.add(alike, 1)
+    if store.add(f"{prefix}/present", 1) >= len(ranks):
+        store.set(verdict, tag if store.add(alike, 0) >= len(ranks) else "differ")
+    if _wait(store, [verdict], timeout) and store.get(verdict).decode() == tag:
+        return dict.fromkeys(ranks, digest)
+    present = [rank for rank in ranks if store.check([f"{prefix}/{rank}"])]
     found = {rank: store.get(f"{prefix}/{rank}").decode() if rank in present else None for rank in ranks}
-    with suppress(RuntimeError):  # whoever holds the store may have ended by now: this rank has read
+    # This rank is about to end, and the store with it if it holds it: the others read first.
+    with suppress(RuntimeError):
         store.set(f"{prefix}/{own}/read", "")
-        if any(value != digest for value in found.values()):
-            _wait(store, {f"{prefix}/{rank}/read": rank for rank in present}, min(timeout, _READ_SECONDS))
+        _wait(store, [f"{prefix}/{rank}/read" for rank in present], min(timeout, _READ_SECONDS))
     return found
 
 
-def _wait(store: Any, keys: dict[str, int], timeout: float) -> set[int]:
-    """The ranks whose keys were there within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while True:
-        present = {rank for key, rank in keys.items() if store.check([key])}
-        if len(present) == len(keys) or time.monotonic() > deadline:
-            return present
-        time.sleep(_POLL_SECONDS)
+def _wait(store: Any, keys: list[str], timeout: float) -> bool:
+    """Whether all keys were there within `timeout` seconds. Asks less and less often, for the sake of large groups."""
+    deadline, pause = time.monotonic() + timeout, _POLL_SECONDS
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_POLL_SECONDS)
+    return True

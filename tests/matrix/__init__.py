@@ -19,9 +19,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import trainfix.advisories
 from tests.support import experiment
 from tests.support.releases import RELEASES, release
+from trainfix import advisories
 from trainfix.engine.decide import load_fix, targets_of
 from trainfix.environment.shapes import shape_in_text
 
@@ -141,7 +141,7 @@ def _inexact(window: Row) -> list[str]:
 
 def shapes(version: str) -> tuple[str | None, ...]:
     """The shapes that decide about this release, in a fixed order."""
-    catalogue = [advisory for advisory in trainfix.advisories.load_all() if advisory.package == PACKAGE]
+    catalogue = [advisory for advisory in advisories.load_all() if advisory.package == PACKAGE]
     texts: dict[str, str] = {}
     found: list[str | None] = []
     for fix in sorted({advisory.fix for advisory in catalogue if advisory.fix}):
@@ -155,7 +155,7 @@ def shapes(version: str) -> tuple[str | None, ...]:
 
 def affected(version: str) -> frozenset[str]:
     """The advisories that list this release."""
-    return frozenset(a.id for a in trainfix.advisories.load_all() if a.package == PACKAGE and version in a.affected)
+    return frozenset(a.id for a in advisories.load_all() if a.package == PACKAGE and version in a.affected)
 
 
 def representatives() -> list[str]:
@@ -172,11 +172,13 @@ def representatives() -> list[str]:
 
 
 def digest() -> str:
-    """Of what a row comes from: grid, repair, catalogue, experiment. A row with another digest is run again."""
-    rooms = [ROOT / "src" / "trainfix" / room for room in ("fixes", "gradcopy", "advisories", "measure")]
-    files = [path for room in rooms for path in sorted(room.rglob("*")) if path.suffix in (".py", ".json")]
+    """Of what a row comes from: grid, judgement, repair, experiment. A row with another digest is run again."""
+    catalogue = [(one.id, one.affected, sorted(map(repr, one.evidence.items()))) for one in advisories.load_all()]
+    rooms = [ROOT / "src" / "trainfix" / room for room in ("fixes", "gradcopy", "measure")]
+    files = [path for room in rooms for path in sorted(room.rglob("*.py"))]
     files.append(ROOT / "tests" / "support" / "experiment.py")
-    return hashlib.sha256(b"".join([repr(GRID).encode(), *(path.read_bytes() for path in files)])).hexdigest()[:12]
+    inputs = [repr((GRID, catalogue)).encode(), *(path.read_bytes() for path in files)]
+    return hashlib.sha256(b"".join(inputs)).hexdigest()[:12]
 
 
 def load() -> dict[str, Row]:

@@ -12,3 +12,6 @@ class UnfixedBugError(RuntimeError):
     def __init__(self, message: str, advisory: str = "") -> None:
         super().__init__(message)
         self.advisory = advisory
+
+
+UnfixedBugError.__module__ = "trainfix"  # where users find it

@@ -10,7 +10,7 @@
 .PHONY: demo test check matrix lint types releases environment clean
 BIN := .venv/bin
 DEMO := .venv/demo/bin
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 40
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 demo:
 	@sh tools/python.sh tools/setup.py demo

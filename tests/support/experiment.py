@@ -282,6 +282,7 @@ def _start() -> ModuleType:
     if os.environ["WORLD_SIZE"] == "1":
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False, timeout=timedelta(seconds=60))
+    gc.freeze()  # DeepSpeed collects garbage at every turn; what is imported by now need not be walked each time
     return deepspeed
 
 

@@ -131,8 +131,7 @@ def _environments(how: tuple[str, ...], extra: dict[str, str]) -> list[dict[str,
         port = str(probe.getsockname()[1])
     count = str(len(how))
     shared = {"WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    answering = not {"off", "dies"} & set(how)  # then nobody waits for the end of the time, however busy the machine is
-    shared |= {"SECONDS": str(60 if answering else TIMEOUT)}
+    shared |= {"SECONDS": str(TIMEOUT)}
     own = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "HOW": part} for rank, part in enumerate(how)]
     own[-1] |= extra
     return own

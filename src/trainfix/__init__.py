@@ -1,5 +1,4 @@
-"""trainfix repairs silent training errors in the installed stack: ``import trainfix`` in the training script is all
-it takes.
+"""trainfix repairs silent training errors in the installed stack: put ``import trainfix`` into the training script.
 
 Where the import stands does not matter. Public names: `status`, `apply`, `revert`, `UnfixedBugError`, `__version__`.
 """

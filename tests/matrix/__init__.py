@@ -23,7 +23,7 @@ from tests.support import experiment
 from tests.support.releases import RELEASES, release
 from trainfix import advisories
 from trainfix.engine.decide import load_fix, targets_of
-from trainfix.environment.shapes import shape_in_text
+from trainfix.environment.installed import find, shapes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "matrix.json"
@@ -142,14 +142,11 @@ def _inexact(window: Row) -> list[str]:
 def shapes(version: str) -> tuple[str | None, ...]:
     """The shapes that decide about this release, in a fixed order."""
     catalogue = [advisory for advisory in advisories.load_all() if advisory.package == PACKAGE]
-    texts: dict[str, str] = {}
+    copy = find(PACKAGE, [str(release(version))])[0]
     found: list[str | None] = []
     for fix in sorted({advisory.fix for advisory in catalogue if advisory.fix}):
-        for path in targets_of(load_fix(fix), [advisory for advisory in catalogue if advisory.fix == fix]):
-            module, _, qualname = path.partition(":")
-            file = release(version).joinpath(*module.split(".")).with_suffix(".py")
-            text = texts.setdefault(module, file.read_text())
-            found.append(shape_in_text(text, qualname))
+        of_fix = [advisory for advisory in catalogue if advisory.fix == fix]
+        found += shapes_of(copy, targets_of(load_fix(fix), of_fix)).values()
     return tuple(found)
 
 

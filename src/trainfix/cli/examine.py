@@ -16,9 +16,8 @@ from trainfix.advisories.reach import Reach, reach_any
 from trainfix.cli import base
 from trainfix.engine.decide import decide, load_fix, targets_of
 from trainfix.environment.blockers import Blocker, blockers
-from trainfix.environment.installed import Distribution, find, source_text
+from trainfix.environment.installed import Distribution, find, shapes_of, source_text
 from trainfix.environment.runconfig import RunConfig
-from trainfix.environment.shapes import shape_in_text
 
 OPEN = ("affected", "unknown", "unverified")  # verdicts that leave something to say
 
@@ -104,7 +103,7 @@ def examine(
 
 
 class _Examiner:
-    """Judges one advisory after the other; each file is read once, and each function hashed once."""
+    """Judges one advisory after the other; each function is hashed once."""
 
     def __init__(
         self, installed: Mapping[str, Distribution], configs: Sequence[RunConfig], assume_import: bool
@@ -113,7 +112,6 @@ class _Examiner:
         self.versions = {package: copy.version for package, copy in installed.items()}
         self.configs = configs
         self.assume_import = assume_import
-        self.texts: dict[str, str | None] = {}
         self.shapes: dict[str, str | None] = {}
         self.blockers: dict[tuple[str, str], tuple[Blocker, ...]] = {}
 
@@ -121,7 +119,7 @@ class _Examiner:
         copy = self.installed.get(advisory.package)
         if copy is None:
             return Finding(advisory, None, "not-installed", because=(f"{advisory.package} is not installed",))
-        verdict = judge(advisory, copy.version, self.shapes_of(advisory.evidence))
+        verdict = judge(advisory, copy.version, self.shapes_of(advisory.package, advisory.evidence))
         known = Finding(advisory, copy.version, verdict.verdict, verdict.by, verdict.shape)
         if verdict.verdict not in OPEN:
             return replace(known, because=(f"{copy.name} {copy.version} does not have this error",))
@@ -154,14 +152,17 @@ class _Examiner:
                 if config.has(key) and reach_any(advisory, [config]).reachable != "no":
                     return f"{key} is set ({config.source}): {why}"
         others = {package: found[0].version for package in fix.requires if (found := find(package))}
-        decision = decide(fix, advisory, {**others, **self.versions}, self.shapes_of(targets_of(fix, [advisory])))
+        shapes = self.shapes_of(advisory.package, targets_of(fix, [advisory]))
+        decision = decide(fix, advisory, {**others, **self.versions}, shapes)
         return "" if decision.state == "applied" else decision.reason
 
     def _sourceless(self, advisory: Advisory, copy: Distribution, verdict: Verdict) -> str:
         """The explanation and next step where the source files that decide are missing."""
+        if verdict.verdict == "affected":
+            return ""
         modules = sorted({target.partition(":")[0] for target in advisory.evidence})
-        missing = [module for module in modules if self.text(module) is None]
-        if not missing or verdict.verdict == "affected":
+        missing = [module for module in modules if source_text(copy, module) is None]
+        if not missing:
             return ""
         return (
             f"{copy.name} {copy.version} in {copy.location} has no source file for {', '.join(missing)} "
@@ -178,22 +179,11 @@ class _Examiner:
             self.blockers[upgrade] = blockers(*upgrade, newest=advisory.last_run)
         return self.blockers[upgrade]
 
-    def shapes_of(self, paths: Iterable[str]) -> dict[str, str | None]:
+    def shapes_of(self, package: str, paths: Iterable[str]) -> dict[str, str | None]:
         """path (``module:qualname``) -> shape as installed, None where the source or the function is missing."""
-        return {path: self._shape(path) for path in paths}
-
-    def _shape(self, path: str) -> str | None:
-        if path not in self.shapes:
-            module, _, qualname = path.partition(":")
-            text = self.text(module)
-            self.shapes[path] = None if text is None else shape_in_text(text, qualname)
-        return self.shapes[path]
-
-    def text(self, module: str) -> str | None:
-        """The source of `module`; None if it has no source file."""
-        if module not in self.texts:
-            self.texts[module] = source_text(self.installed[module.partition(".")[0]], module)
-        return self.texts[module]
+        wanted = list(paths)
+        self.shapes |= shapes_of(self.installed[package], [path for path in wanted if path not in self.shapes])
+        return {path: self.shapes[path] for path in wanted}
 
 
 def _switched_off(advisory: Advisory) -> str:

@@ -1,2 +1,1 @@
-"""What is installed and how the run is configured, read from metadata and source text alone: nothing examined is
-imported."""
+"""What is installed and how the run is configured, from metadata and source text: nothing examined is imported."""

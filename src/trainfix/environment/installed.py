@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution as Metadata
 from importlib.metadata import DistributionFinder, MetadataPathFinder
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+from trainfix.environment.shapes import shape_in_text
 
 
 class EnvironmentProblem(Exception):
@@ -56,6 +58,22 @@ def _location(metadata: Metadata, path: str) -> Path:
     except (ValueError, KeyError, AttributeError):
         pass  # a file that says nothing of use: the package is where everybody's is
     return Path(path or ".").resolve()
+
+
+def shapes_of(distribution: Distribution, paths: Iterable[str]) -> dict[str, str | None]:
+    """path (``module:qualname``) -> shape as installed, None where the source or the function is missing.
+
+    Each file is read once. Raises EnvironmentProblem as `source_text` does, and ShapeError.
+    """
+    texts: dict[str, str | None] = {}
+    found: dict[str, str | None] = {}
+    for path in paths:
+        module, _, qualname = path.partition(":")
+        if module not in texts:
+            texts[module] = source_text(distribution, module)
+        text = texts[module]
+        found[path] = None if text is None else shape_in_text(text, qualname)
+    return found
 
 
 def source_text(distribution: Distribution, module: str) -> str | None:

@@ -113,18 +113,13 @@ def _exit_code(record: Mapping[str, Any]) -> int:
 def applicability(advisory: Any, search_path: list[str]) -> Applicability:
     """The catalogue's verdict on the copy of the package that an import along `search_path` would take."""
     from .. import advisories
-    from ..environment import installed, shapes
+    from ..environment import installed
 
     copies = installed.find(advisory.package, search_path)
     if not copies:
         return Applicability(advisory.package, None, False, f"{advisory.package} is not installed")
     copy = copies[0]
-    found: dict[str, str | None] = {}
-    for target in advisory.evidence:
-        module, qualname = target.split(":")
-        text = installed.source_text(copy, module)
-        found[target] = None if text is None else shapes.shape_in_text(text, qualname)
-    verdict = advisories.judge(advisory, copy.version, found).verdict
+    verdict = advisories.judge(advisory, copy.version, installed.shapes_of(copy, advisory.evidence)).verdict
     known = {"affected": True, "unverified": None, "unknown": None}.get(verdict, False)
     reason = None if known else f"{advisory.package} {copy.version} is {verdict}"
     return Applicability(advisory.package, copy.version, known, reason)

@@ -38,6 +38,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
+from tests.support import layouts
+
 if TYPE_CHECKING:
     import torch
 
@@ -326,20 +328,19 @@ class Trial:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.done = 0
         self.rows: list[torch.Tensor] = []
-        self.seen: dict[int, torch.Tensor] = {}
         groups = parameter_groups(self.model, configuration)
         compiled = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam if configuration.cpu_adam else None
         optimizer = (compiled or torch.optim.AdamW)(groups, lr=configuration.lr, weight_decay=0.0)
-        optimizer.register_step_pre_hook(self._see)
+        optimizer.register_step_pre_hook(lambda stepping, *_: self.layout.see(stepping))
         # 0.18.x with two ranks on CPU: all_gather dies with "Output 0 of Split is a view" unless grad is off.
         with torch.set_grad_enabled(not deepspeed.__version__.startswith("0.18.")):
             self.engine, self.zero, *_ = deepspeed.initialize(
                 model=self.model, optimizer=optimizer, config=deepspeed_config(configuration)
             )
-        self.places = self._places()
+        self.layout = layouts.of(self.zero, self.trained)
         self.arrived: torch.Tensor = torch.zeros(0)
         self.current = 0
-        self._watch_arrivals()
+        self.layout.watch(self._arrive)
 
     def window(self) -> dict[str, Any]:
         """Run one window and report on it."""
@@ -350,7 +351,8 @@ class Trial:
         self.twin.load_state_dict(self.model.state_dict())
         rows = torch.stack([self._reference(number, k) for k in range(count)])
         elements = rows.shape[1]
-        self.seen, self.arrived = {}, torch.zeros(count, elements, dtype=torch.float64)
+        self.layout.seen = {}
+        self.arrived = torch.zeros(count, elements, dtype=torch.float64)
         scale, safe = 1.0, None
         for k in range(count):
             last = k == count - 1
@@ -414,66 +416,10 @@ class Trial:
             )
         return total / ranks / self.configuration.ga
 
-    def _see(self, optimizer: Any, *_: object) -> None:
-        """Torch's step pre-hook: ZeRO steps one group at a time, whose only parameter is this rank's flat partition."""
-        for group in optimizer.param_groups:
-            (partition,) = group["params"]
-            index = next(i for i, own in enumerate(self.zero.single_partition_of_fp32_groups) if own is partition)
-            self.seen[index] = partition.grad.detach().clone()
-
-    def _places(self) -> list[tuple[int, int]]:
-        """For each trained parameter: its group, and where it starts in the group's flat buffer, in elements."""
-        places = []
-        for parameter in self.trained:
-            address = parameter.data_ptr()
-            for group, flat in enumerate(self.zero.bit16_groups_flat):
-                offset = (address - flat.data_ptr()) // flat.element_size()
-                if 0 <= offset < flat.numel():
-                    places.append((group, offset))
-                    break
-            else:
-                raise RuntimeError("a trained parameter is in no flat group of the ZeRO optimizer")
-        return places
-
-    def _consumed(self) -> torch.Tensor:
-        """All ranks' partitions as the optimizer saw them, in the model's order [elements], float32."""
-        import torch
-
-        flat: list[torch.Tensor] = []
-        for index in range(len(self.zero.bit16_groups_flat)):
-            own = self.seen[index].float().contiguous()
-            parts = [torch.empty_like(own) for _ in range(self.deepspeed.comm.get_world_size())]
-            torch.distributed.all_gather(parts, own)
-            flat.append(torch.cat(parts))
-        pairs = zip(self.trained, self.places, strict=True)
-        return torch.cat([flat[group][start : start + parameter.numel()] for parameter, (group, start) in pairs])
-
-    def _watch_arrivals(self) -> None:
-        """Note every gradient right after the reduction, by wrapping a method of this object (not of its class)."""
-        zero = self.zero
-        reduce = zero.average_tensor
-
-        def average_tensor(tensor: torch.Tensor, *rest: Any) -> Any:
-            answer = reduce(tensor, *rest)
-            entries = zero.ipg_buckets[rest[0]].params if hasattr(zero, "ipg_buckets") else zero.params_in_ipg_bucket
-            for group, which, _ in entries:
-                parameter = zero.bit16_groups[group][which] if isinstance(which, int) else which
-                self._arrive(parameter, zero.get_gradient_for_reduction(parameter))
-            return answer
-
-        zero.average_tensor = average_tensor
-
-    def _arrive(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add what this rank owns of a reduced gradient to the row of the current micro-batch."""
-        index = next(i for i, own in enumerate(self.trained) if own is parameter)
-        before = sum(own.numel() for own in self.trained[:index])
-        group, start = self.places[index]
-        size = self.zero.single_partition_of_fp32_groups[group].numel()
-        first = self.deepspeed.comm.get_rank() * size
-        low, high = max(first - start, 0), min(first + size - start, parameter.numel())
-        if low < high:
-            row = self.arrived[self.current]
-            row[before + low : before + high] += gradient.detach().reshape(-1)[low:high].double()
+    def _arrive(self, index: int, start: int, gradient: torch.Tensor) -> None:
+        """Add a piece of the reduced gradient of a trained parameter to the row of the current micro-batch."""
+        before = sum(own.numel() for own in self.trained[:index]) + start
+        self.arrived[self.current][before : before + gradient.numel()] += gradient.detach().reshape(-1).double()
 
     def _safe_norm(self) -> float | None:
         """|safe_get_full_grad| over all parameters, as it stands before the step (fp16: with the loss scale in it).
@@ -493,11 +439,11 @@ class Trial:
         import torch
 
         torch.distributed.all_reduce(self.arrived)
-        report: dict[str, Any] = {"skipped": not self.seen, "loss_scale": scale}
-        if not self.seen:
+        report: dict[str, Any] = {"skipped": not self.layout.seen, "loss_scale": scale}
+        if not self.layout.seen:
             return report
         measure = importlib.import_module("untouched.measure.coefficients").measure
-        consumed = self._consumed()
+        consumed = self.layout.consumed()
         norm = float(self.engine.get_global_grad_norm())
         clip = self.configuration.clip
         undone = consumed.double() * (max(1.0, (norm + 1e-6) / clip) if clip else 1.0)

@@ -70,7 +70,7 @@ class Advisory:
     proof: str | None
     evidence: Mapping[str, Mapping[str, ShapeClass]]
     triggers: tuple[Trigger, ...]
-    ways_out: Mapping[str, str]
+    ways_out: Mapping[str, str | None]
     hazards: tuple[str, ...]
     references: tuple[tuple[str, str], ...]
     source_patches: tuple[SourcePatch, ...]
@@ -155,9 +155,11 @@ def _trigger(
 def judge(advisory: Advisory, version: str, shapes: Mapping[str, str | None]) -> Verdict:
     """The verdict on one installed release, from the shapes of the advisory's evidence functions.
 
-    The shape decides; the version only narrows. `shapes` maps target -> shape, None where the function or its source
-    is missing.
+    """The verdict where there is no code to look at: the range decides. Releases are ordered, so any between counts."""
+    None where its source is. Without evidence functions (the error is not in Python code) the version alone decides.
     """
+    if not advisory.evidence:
+        return Verdict(_by_range(advisory, version), "version", None)
     for target, known in advisory.evidence.items():
         shape = shapes.get(target)
         kind = known.get(shape) if shape is not None else None
@@ -173,6 +175,23 @@ _VERDICT_OF: Mapping[ShapeClass, VerdictName] = {
     "not-affected": "not-affected",
     "patched": "fixed-by-source-patch",
 }
+
+
+def _by_range(advisory: Advisory, version: str) -> VerdictName:
+    """The verdict where there is no code to look at: affected releases are the listed ones, and those built of them."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        installed = Version(version)
+    except InvalidVersion:
+        return "unknown"
+    if installed > Version(advisory.last_run):
+        return "unverified"
+    if installed < Version(advisory.introduced):
+        return "not-affected"
+    if advisory.fixed_in is not None and installed >= Version(advisory.fixed_in):
+        return "fixed-upstream"
+    return "affected"
 
 
 def _by_version(advisory: Advisory, version: str) -> VerdictName:

@@ -40,7 +40,7 @@ def show(args: argparse.Namespace) -> int:
         ("repair", f"import trainfix (fix {one.fix})" if one.fix else "none"),
         ("upgrade", f"to {one.package} {one.ways_out['upgrade']}" if one.ways_out.get("upgrade") else ""),
         *(("hazard", hazard) for hazard in one.hazards),
-        ("config", one.ways_out.get("config", "")),
+        ("config", one.ways_out["config"] or ""),
         ("proof", f"trainfix prove {one.id}" if one.proof else "none"),
         *(("patch", f"{one.package}{patch.releases}: trainfix diff {one.id}") for patch in one.source_patches),
         *((kind.lower(), url) for kind, url in one.references),

@@ -96,7 +96,7 @@ def _ways_out(finding: Finding) -> Iterator[str]:
         yield from wrapped("note", note)
     if finding.repaired_by is None:
         yield from _upgrade(finding)
-        yield from wrapped("config", advisory.ways_out.get("config", ""))
+        yield from wrapped("config", advisory.ways_out["config"] or "")
         yield from wrapped("see", advisory.url)
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from trainfix.advisories import Advisory, Verdict, judge
 from trainfix.engine.contract import Fix
+from trainfix.environment.shapes import ABSENT
 
 State = Literal[
     "waiting",
@@ -113,4 +114,6 @@ def _unknown(path: str, shape: str | None, others: Mapping[str, str]) -> str:
     qualname = path.partition(":")[2]
     if path in others:
         return f"{qualname} was replaced by {others[path]} before trainfix saw it"
-    return f"{qualname} has no readable source" if shape is None else f"{qualname} has an unknown body (shape {shape})"
+    if shape is None:
+        return f"{qualname} has no readable source"
+    return f"{qualname} does not exist" if shape == ABSENT else f"{qualname} has an unknown body (shape {shape})"

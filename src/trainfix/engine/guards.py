@@ -50,13 +50,15 @@ def asked(guard: Guard, advisory: Advisory, *args: Any, **kwargs: Any) -> str | 
 def stop(advisory: Advisory, installed: str, reason: str, why_not: str, *, proved: bool, mode: str) -> None:
     """The run reaches `advisory` and nothing repairs it: raise, or warn once if it is not harmful enough, not proved
     on this very code, or under TRAINFIX=warn."""
+    release = advisory.ways_out["upgrade"]
+    upgrade = f"move to {advisory.package} {release} or newer" if release else f"no {advisory.package} repairs it yet"
     hazards = f" (it also changes: {'; '.join(advisory.hazards)})" if advisory.hazards else ""
     text = (
         f"{advisory.id} is reached and not repaired: {advisory.summary}.\n"
         f"  why it is reached: {reason}\n"
         f"  why it is not repaired: {why_not} ({advisory.package} {installed})\n"
         "Ways out:\n"
-        f"  (1) move to {advisory.package} {advisory.ways_out['upgrade']} or newer{hazards}\n"
+        f"  (1) {upgrade}{hazards if release else ''}\n"
         f"  (2) change the configuration: {advisory.ways_out['config']}\n"
         f"  (3) run `trainfix prove {advisory.id}`; if it shows that the error is absent here, "
         f"set TRAINFIX_DISABLE={advisory.id}"

@@ -74,11 +74,11 @@ def inner_slot(slot: Slot, live: Any) -> tuple[Slot, Any]:
 
 
 def live_shape(path: str) -> str | None:
-    """Shape of the live function at `path` as its own module defines it; None if it is missing or somebody else's."""
+    """Shape of the live function at `path` as its own module defines it; None if it is somebody else's."""
     try:
         _, live = resolve(path)
     except Missing:
-        return None
+        return shapes.ABSENT if path.partition(":")[0] in sys.modules else None
     return shapes.shape_of_function(live) if foreign(path) is None else None
 
 

@@ -11,7 +11,7 @@ from importlib.metadata import DistributionFinder, MetadataPathFinder
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from trainfix.environment.shapes import shape_in_text
+from trainfix.environment.shapes import ABSENT, shape_in_text
 
 
 class EnvironmentProblem(Exception):
@@ -61,7 +61,7 @@ def _location(metadata: Metadata, path: str) -> Path:
 
 
 def shapes_of(distribution: Distribution, paths: Iterable[str]) -> dict[str, str | None]:
-    """path (``module:qualname``) -> shape as installed, None where the source or the function is missing.
+    """path (``module:qualname``) -> shape as installed; ABSENT: no such function; None: no source to look into.
 
     Each file is read once. Raises EnvironmentProblem as `source_text` does, and ShapeError.
     """
@@ -72,8 +72,20 @@ def shapes_of(distribution: Distribution, paths: Iterable[str]) -> dict[str, str
         if module not in texts:
             texts[module] = source_text(distribution, module)
         text = texts[module]
-        found[path] = None if text is None else shape_in_text(text, qualname)
+        if text is None:
+            found[path] = None if _compiled(distribution, module) else ABSENT
+        else:
+            found[path] = shape_in_text(text, qualname) or ABSENT
     return found
+
+
+def _compiled(distribution: Distribution, module: str) -> bool:
+    """Whether `module`, which has no source here, may be there all the same: compiled, or in a package that is."""
+    *parents, name = module.split(".")
+    folder = distribution.location.joinpath(*parents)
+    if not (distribution.location / parents[0] / "__init__.py").is_file():
+        return True
+    return folder.is_dir() and any(file.stem.partition(".")[0] == name for file in folder.iterdir())
 
 
 def source_text(distribution: Distribution, module: str) -> str | None:

@@ -137,6 +137,9 @@ def _block(lines: list[str], first: int) -> ast.stmt | None:
     return None
 
 
+ABSENT = "absent"  # stands where a shape would, when a module's source is there and the function is not in it
+
+
 def shape_in_text(text: str, qualname: str) -> str | None:
     """Shape of `qualname` (``Class.method`` or ``function``) in the source `text`; None if it is not there.
 

@@ -77,10 +77,9 @@ def test_ranges_and_versions_agree_over_all_releases(path: Path) -> None:
     affected = record["affected"][0]
     introduced, end = affected["ranges"][0]["events"]
     since, until = Version(introduced["introduced"]), Version(next(iter(end.values())))
-    last = [
-        version for version in RELEASES if Version(version) < until or (version == str(until) and "fixed" not in end)
-    ]
-    assert affected["versions"] == [version for version in last if since <= Version(version)]
+    before_end = Version.__lt__ if "fixed" in end else Version.__le__
+    wanted = [version for version in RELEASES if since <= Version(version) and before_end(Version(version), until)]
+    assert affected["versions"] == wanted
     assert record["database_specific"]["trainfix"]["ways_out"]["upgrade"] == end.get("fixed")
     assert record["database_specific"]["trainfix"]["last_run"] == RELEASES[-1]
 

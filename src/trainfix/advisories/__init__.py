@@ -155,7 +155,7 @@ def _trigger(
 def judge(advisory: Advisory, version: str, shapes: Mapping[str, str | None]) -> Verdict:
     """The verdict on one installed release, from the shapes of the advisory's evidence functions.
 
-    """The verdict where there is no code to look at: the range decides. Releases are ordered, so any between counts."""
+    The shape decides; the version only narrows. `shapes` maps target -> shape, ``absent`` if the function is missing,
     None where its source is. Without evidence functions (the error is not in Python code) the version alone decides.
     """
     if not advisory.evidence:

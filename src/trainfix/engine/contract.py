@@ -57,10 +57,11 @@ class Fix:
     """A run-time repair of one or more advisories in one package.
 
     name: as in the advisories' records, ``package.module`` below ``trainfix.fixes``.
+    targets: what is replaced or wrapped; no two fixes share one. relies_on: neighbours whose meaning the fix assumes;
+    unknown there means refuse.
     requires: version specifiers over packages, all of which must hold (``{"deepspeed": ">=0.14.0"}``).
-    targets: what is replaced or wrapped. relies_on: neighbours whose meaning the fix assumes; unknown there means
-    refuse.
-    build: (originals by path, advisories to repair) -> replacements by path.
+    build: (originals by path, advisories to repair) -> replacements by path. None: there is no repair, only guards,
+    which warn of what a run reaches.
     repairs: whether a built object is one that this fix looks after. group: its process group, or None.
     in_window: the objects that are in the middle of a window right now.
     limits: what the repair does not cover, in one sentence. leaves_alone: config keys that show such a run -> why.
@@ -73,7 +74,7 @@ class Fix:
     targets: tuple[Target, ...]
     relies_on: tuple[Target, ...]
     guards: tuple[Guard, ...]
-    build: Callable[[Mapping[str, Function], frozenset[str]], Mapping[str, Function]]
+    build: Callable[[Mapping[str, Function], frozenset[str]], Mapping[str, Function]] | None
     repairs: Callable[[Any], bool]
     group: Callable[[Any], Any]
     in_window: Callable[[], Iterable[object]] = field(default=tuple)

@@ -50,13 +50,14 @@ def targets_of(fix: Fix, advisories: Iterable[Advisory]) -> tuple[str, ...]:
 
 
 def decide(
-    fix: Fix,
+    fix: Fix | None,
     advisory: Advisory,
     versions: Mapping[str, str],
     shapes: Mapping[str, str | None],
     others: Mapping[str, str] = _NOBODY,
 ) -> Decision:
-    """Decide on `advisory` from installed versions (package -> version) and shapes (path -> shape, None if unreadable).
+    """Decide on `advisory`, which `fix` repairs if anything does, from versions (package -> installed version) and
+    shapes (path -> shape, None if unreadable).
 
     `others` names who has replaced a function before us (path -> description); doctor, which imports nothing, knows
     of nobody.
@@ -82,12 +83,14 @@ def decide(
 
 
 def _repairable(
-    fix: Fix,
+    fix: Fix | None,
     verdict: Verdict,
     versions: Mapping[str, str],
     shapes: Mapping[str, str | None],
     others: Mapping[str, str],
 ) -> Decision:
+    if fix is None or fix.build is None:
+        return Decision("refused", "trainfix knows it and does not repair it", verdict.shape)
     for package, specifier in fix.requires.items():
         if not _holds(versions.get(package), specifier):
             found = versions.get(package, "not installed")

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from trainfix.engine.contract import Fix, Guard, Target, keep_until_window_ends
 from trainfix.engine.decide import Decision, State, decide, load_fix, targets_of
 from trainfix.engine.errors import UnfixedBugError
 from trainfix.engine.targets import TARGETS
-from trainfix.environment.installed import find
+from trainfix.environment.installed import Distribution, find, shapes_of
 
 _LOUD = ("refused", "failed")
 
@@ -47,7 +48,7 @@ class _Repair:
     installed: str
     decisions: dict[str, Decision]
     journal: list[replace.Entry] = field(default_factory=list)
-    standing: list[replace.Entry] = field(default_factory=list)  # the guards' own journal
+    told: bool = False
 
     @property
     def applied(self) -> frozenset[str]:
@@ -63,14 +64,28 @@ class _Repair:
         return bool(ours) and all(any(live is our for our in ours) for live in _live(self.fix.targets))
 
     def make_way(self) -> None:
-        """A target was reloaded. What still stands in a target or guard is taken out, to be judged and replaced anew; a
-        reloaded class or function keeps its entries for those who hold it, and they are undone with the rest."""
-        live = [id(function) for function in _live(self.fix.targets + self.fix.guards)]
-        self.journal = _taken_out(replace.standing(self.journal), live)
-        self.standing = _taken_out(replace.standing(self.standing), live)
+        """A target was reloaded, or other advisories are asked for. What still stands is taken out, to be judged and
+        replaced anew; a reloaded class or function keeps its entries for those who hold it, and they are undone with
+        the rest."""
+        live = [id(function) for function in _live(self.fix.targets)]
+        standing = replace.standing(self.journal)
+        replace.take_out([entry for entry in standing if id(entry.replacement) in live])
+        self.journal = [entry for entry in standing if id(entry.replacement) not in live]
 
 
-def _live(places: Sequence[Target | Guard]) -> list[object]:
+@dataclass
+class _Post:
+    """One guarded function, and the fixes that stand guard there."""
+
+    guards: dict[str, Guard] = field(default_factory=dict)
+    journal: list[replace.Entry] = field(default_factory=list)
+
+    def look(self, instance: object, *args: Any, **kwargs: Any) -> None:
+        for name, guard in list(self.guards.items()):
+            _look(_repairs[name], guard, instance, *args, **kwargs)
+
+
+def _live(places: Sequence[Target]) -> list[object]:
     """The innermost function at each place, None where there is none."""
     found: list[object] = []
     for place in places:
@@ -83,15 +98,11 @@ def _live(places: Sequence[Target | Guard]) -> list[object]:
     return found
 
 
-def _taken_out(entries: list[replace.Entry], live: list[int]) -> list[replace.Entry]:
-    """Take the entries that are `live` (ids of functions) out; returns the others."""
-    replace.take_out([entry for entry in entries if id(entry.replacement) in live])
-    return [entry for entry in entries if id(entry.replacement) not in live]
-
-
 _lock = threading.RLock()
 _executed: set[str] = set()
 _repairs: dict[str, _Repair] = {}
+_posts: dict[str, _Post] = {}
+_asked: set[str] = set()  # precision advisories are repaired only when they are asked for by name
 _disabled: dict[str, str] = dict.fromkeys(finder.current.disabled, "TRAINFIX_DISABLE")
 _reverted: set[str] = set()
 
@@ -117,6 +128,8 @@ def on_import(module: str) -> None:
             for fix in fixes:
                 if fix.modules <= _executed:
                     _consider(fix)
+            if not any(_under_way(name) for name in TARGETS):  # one summary for all
+                _announce()
     except UnfixedBugError:
         raise
     except Exception as error:
@@ -126,20 +139,25 @@ def on_import(module: str) -> None:
         report.warn(text, every_rank=True)
 
 
-def _consider(fix: Fix) -> None:
+def _under_way(module: str) -> bool:
+    """Whether a target is being executed right now, further up this stack or in another thread."""
+    spec = getattr(sys.modules.get(module), "__spec__", None)
+    return module not in _executed and bool(getattr(spec, "_initializing", False))
+
+
+def _consider(fix: Fix, *, anew: bool = False) -> None:
     known = _repairs.get(fix.name)
-    if known is not None and known.in_place():
+    if known is not None and known.in_place() and not anew:
         return _stand_guard(known)
     if known is not None:
         known.make_way()
     repair = _decided(fix)
     if known is not None:
-        repair.journal, repair.standing = known.journal, known.standing
+        repair.journal = known.journal
     _repairs[fix.name] = repair
     if repair.applied - set(_disabled):
         _put_in_place(repair)
     _stand_guard(repair)
-    _announce(repair)
 
 
 def _decided(fix: Fix) -> _Repair:
@@ -149,11 +167,21 @@ def _decided(fix: Fix) -> _Repair:
         paths = targets_of(fix, advisories)
         shapes = {path: replace.live_shape(path) for path in paths}
         others = {path: who for path in paths if (who := replace.foreign(path)) is not None}
-        decisions = {advisory.id: decide(fix, advisory, versions, shapes, others) for advisory in advisories}
+        decisions = {
+            advisory.id: _only_if_asked(advisory, decide(fix, advisory, versions, shapes, others))
+            for advisory in advisories
+        }
     except Exception as error:  # broken metadata, a Python whose shapes cannot be compared
         failed = Decision("failed", f"{type(error).__name__}: {error}", None)
         return _Repair(fix, _own_version(fix.package), dict.fromkeys(fix.advisories, failed))
     return _Repair(fix, versions[fix.package], decisions)
+
+
+def _only_if_asked(advisory: Advisory, decision: Decision) -> Decision:
+    if advisory.severity != "precision" or advisory.id in _asked or decision.state != "applied":
+        return decision
+    reason = f"a loss of precision, repaired only when it is asked for: trainfix.apply({advisory.id!r})"
+    return Decision("disabled", reason, decision.shape)
 
 
 def _versions(fix: Fix) -> dict[str, str]:
@@ -177,6 +205,7 @@ def _own_version(package: str) -> str:
 def _put_in_place(repair: _Repair) -> None:
     """Replace all targets, or none: a failure is rolled back, and told apart from a refusal."""
     fix, done = repair.fix, list[replace.Entry]()
+    assert fix.build is not None
     try:
         originals = {target.path: replace.inner_slot(*replace.resolve(target.path))[1] for target in fix.targets}
         for path, replacement in fix.build(originals, repair.applied).items():
@@ -200,12 +229,14 @@ def _stand_guard(repair: _Repair) -> None:
         wanted = (active if guard.on_construction else loud) & set(guard.reached)
         if guard.module not in _executed or not wanted:
             continue
+        post = _posts.setdefault(guard.path, _Post())
+        known = repair.fix.name in post.guards
+        post.guards[repair.fix.name] = guard
         try:
             _, live = replace.inner_slot(*replace.resolve(guard.path))
-            if any(entry.replacement is live for entry in repair.standing):
-                continue
-            wrapped = guards.wrap(guard, live, _looker(repair.fix.name, guard))
-            repair.standing += replace.put(guard.path, wrapped)
+            if not any(entry.replacement is live for entry in post.journal):
+                known = False
+                post.journal += replace.put(guard.path, guards.wrap(guard, live, post.look))
         except Exception as error:
             report.warn(
                 f"trainfix: no place to stand guard for {', '.join(sorted(wanted))} at {guard.path}: {error}; "
@@ -217,26 +248,23 @@ def _stand_guard(repair: _Repair) -> None:
                 reason = f"{old.reason}; and no place to stand guard: {error}"
                 repair.decisions[id] = Decision("failed", reason, old.shape)
             continue
-        for instance in guards.built_before(guard) if loud else ():
-            _looker(repair.fix.name, guard)(instance)
+        for instance in guards.built_before(guard) if loud and not known else ():
+            _look(repair, guard, instance)
 
 
-def _looker(name: str, guard: Guard) -> guards.Reached:
-    def look(instance: object, *args: Any, **kwargs: Any) -> None:
-        repair = _repairs[name]
-        for id in guard.reached:
-            decision = repair.decisions[id]
-            covered = decision.state == "applied" and repair.fix.repairs(instance)
-            if id in _disabled or covered or decision.state not in ("applied", *_LOUD):
-                continue
-            advisory = load(id)
-            reason = guards.asked(guard, advisory, instance, *args, **kwargs)
-            if reason is not None:
-                _stop(repair, advisory, decision, reason, type(instance).__name__)
-        if guard.on_construction and repair.journal and repair.fix.repairs(instance):
-            _agree(repair, instance)
-
-    return look
+def _look(repair: _Repair, guard: Guard, instance: object, *args: Any, **kwargs: Any) -> None:
+    """Whether this object, or this call, reaches what the fix does not repair; and do all ranks repair it alike?"""
+    for id in guard.reached:
+        decision = repair.decisions[id]
+        covered = decision.state == "applied" and repair.fix.repairs(instance)
+        if id in _disabled or covered or decision.state not in ("applied", *_LOUD):
+            continue
+        advisory = load(id)
+        reason = guards.asked(guard, advisory, instance, *args, **kwargs)
+        if reason is not None:
+            _stop(repair, advisory, decision, reason, type(instance).__name__)
+    if guard.on_construction and repair.journal and repair.fix.repairs(instance):
+        _agree(repair, instance)
 
 
 def _stop(repair: _Repair, advisory: Advisory, decision: Decision, reason: str, kind: str) -> None:
@@ -259,21 +287,38 @@ def _agree(repair: _Repair, instance: object) -> None:
     report.warn(text, every_rank=True)
 
 
-def _announce(repair: _Repair) -> None:
-    """Say what was done: one line on the first rank; refusals and failures on every rank, once; strict stops here."""
-    head = f"trainfix {trainfix.__version__}: "
-    on = f"({repair.fix.package} {repair.installed})"
-    applied = sorted(repair.applied) if repair.journal else []
-    if applied and not finder.current.quiet:
-        report.inform(f"{head}{', '.join(applied)} applied {on}")
-    _warn_shared(repair)
-    troubles = []
-    for id, decision in repair.decisions.items():
-        if id not in _disabled and decision.state in (*_LOUD, "unverified"):
-            troubles.append(f"{head}{id} {decision.state} {on}: {decision.reason}")
-            report.warn(troubles[-1], every_rank=decision.state in _LOUD)
+def _announce() -> None:
+    """Say what was done since last time: one line on the first rank; refusals and failures on every rank, once; strict
+    stops here."""
+    fresh = [repair for repair in _repairs.values() if not repair.told]
+    for repair in fresh:
+        repair.told = True
+    packages = {f"({repair.fix.package} {repair.installed})": list[_Repair]() for repair in fresh}
+    for repair in fresh:
+        packages[f"({repair.fix.package} {repair.installed})"].append(repair)
+    troubles = [line for on, repairs in packages.items() for line in _announce_package(on, repairs)]
     if troubles and finder.current.mode == "strict":
         raise UnfixedBugError("\n".join([*troubles, "TRAINFIX=strict stops at the import of what cannot be repaired."]))
+
+
+def _announce_package(on: str, repairs: Sequence[_Repair]) -> list[str]:
+    """The summary of one package's fixes, and a warning for each reason that something is not repaired: returned."""
+    head = f"trainfix {trainfix.__version__}: "
+    applied = sorted(id for repair in repairs if repair.journal for id in repair.applied)
+    if applied and not finder.current.quiet:
+        report.inform(f"{head}{', '.join(applied)} applied {on}")
+    troubles: dict[tuple[State, str], list[str]] = {}
+    for repair in repairs:
+        _warn_shared(repair)
+        for id, decision in repair.decisions.items():
+            known_only = repair.fix.build is None  # said where a run reaches it
+            if id not in _disabled and not known_only and decision.state in (*_LOUD, "unverified"):
+                troubles.setdefault((decision.state, decision.reason), []).append(id)
+    lines = []
+    for (state, reason), ids in troubles.items():
+        lines.append(f"{head}{', '.join(sorted(ids))} {state} {on}: {reason}")
+        report.warn(lines[-1], every_rank=state in _LOUD)
+    return lines
 
 
 def _warn_shared(repair: _Repair) -> None:
@@ -296,9 +341,13 @@ def status() -> list[Record]:
 def _record(advisory: Advisory) -> Record:
     repair = _repairs.get(advisory.fix or "")
     if repair is None:
-        installed = next((copy.version for copy in find(advisory.package)), None)
+        copy = next(iter(find(advisory.package)), None)
         state, reason = _waiting(advisory)
-        return Record(advisory.id, advisory.fix, advisory.package, installed, None, state, reason, None)
+        shape = None
+        if advisory.fix is None and copy is not None and state == "waiting":
+            state, reason, shape = _known_only(advisory, copy)
+        installed = None if copy is None else copy.version
+        return Record(advisory.id, advisory.fix, advisory.package, installed, None, state, reason, shape)
     decision = repair.decisions[advisory.id]
     target = ", ".join(target.path for target in repair.fix.targets) if repair.journal else None
     state, reason = decision.state, decision.reason
@@ -310,6 +359,12 @@ def _record(advisory: Advisory) -> Record:
     if state == "applied":
         reason = "; ".join(filter(None, [reason, *_since_replaced(repair)]))
     return Record(advisory.id, advisory.fix, advisory.package, repair.installed, target, state, reason, decision.shape)
+
+
+def _known_only(advisory: Advisory, copy: Distribution) -> tuple[State, str, str | None]:
+    """The state of an advisory that has no fix, from the installed text."""
+    decision = decide(None, advisory, {advisory.package: copy.version}, shapes_of(copy, advisory.evidence))
+    return decision.state, decision.reason, decision.shape
 
 
 def _since_replaced(repair: _Repair) -> Iterator[str]:
@@ -347,14 +402,22 @@ def apply(*ids: str) -> list[Record]:
             _disabled.pop(id, None)
             _reverted.discard(id)
         finder.switch_on()
-        for fix in fixes.values():
+        newly = _ask_for({id for id in ids if load(id).severity == "precision"} - _asked)
+        for name, fix in fixes.items():
             if fix.modules <= _executed:
-                _consider(fix)
+                _consider(fix, anew=name in newly)
+        _announce()
         records = [_record(load(id)) for id in wanted]
     for record in records:
         if record.id in ids and record.state in _LOUD:
             raise UnfixedBugError(f"{record.id} cannot be repaired: {record.state}: {record.reason}", record.id)
     return records
+
+
+def _ask_for(ids: set[str]) -> set[str | None]:
+    """Note that these precision advisories are asked for. Returns the fixes that must be built anew for them."""
+    _asked.update(ids)
+    return {load(id).fix for id in ids}
 
 
 def revert(*ids: str) -> tuple[str, ...]:
@@ -370,22 +433,44 @@ def revert(*ids: str) -> tuple[str, ...]:
         gone = {*_disabled, *wanted}
         leaving = [repair for repair in repairs if not repair.applied - gone]
         unguarded = [repair for repair in leaving if not repair.guarded - gone]
-        standing = [entry for repair in unguarded for entry in repair.standing]
-        for entry in [entry for repair in leaving for entry in repair.journal] + standing:
+        posts = _left_by(unguarded)
+        journals = [repair.journal for repair in leaving] + [post.journal for post in posts]
+        for entry in chain.from_iterable(journals):
             if (holder := entry.holder()) is not None:
                 what = f"{replace.describe(entry.original)} has since been replaced by {holder}"
                 raise RuntimeError(f"cannot revert {', '.join(wanted)}: {what}")
         for id in wanted:
             _disabled[id] = "trainfix.revert()"
             _reverted.add(id)
-        back = tuple(sorted(id for repair in leaving if repair.journal for id in repair.applied))
-        for repair in unguarded:
-            replace.take_out(repair.standing)
-            repair.standing.clear()
+        back = {id for repair in leaving if repair.journal for id in repair.applied}
+        for post in posts:
+            replace.take_out(post.journal)
+            post.journal.clear()
+        for post in _posts.values():
+            for repair in unguarded:
+                post.guards.pop(repair.fix.name, None)
         for repair in leaving:
             _undo(repair)
+        back |= _no_longer_asked(_asked & set(wanted), [repair for repair in repairs if repair not in leaving])
         for repair in repairs:
             _warn_shared(repair)
+    return tuple(sorted(back))
+
+
+def _left_by(repairs: Sequence[_Repair]) -> list[_Post]:
+    """The posts at which nobody but these stands guard."""
+    names = {repair.fix.name for repair in repairs}
+    return [post for post in _posts.values() if post.journal and set(post.guards) <= names]
+
+
+def _no_longer_asked(ids: set[str], staying: Sequence[_Repair]) -> set[str]:
+    """Precision advisories that are reverted: the fixes that stay for others are built again without them."""
+    _asked.difference_update(ids)
+    shared = [repair for repair in staying if ids & repair.applied]
+    back = {id for repair in shared for id in ids & repair.applied}
+    for repair in shared:
+        _consider(repair.fix, anew=True)
+        _repairs[repair.fix.name].told = True
     return back
 
 

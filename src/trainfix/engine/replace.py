@@ -47,9 +47,27 @@ class Entry:
         return None if live is self.replacement else describe(live)
 
 
+# Every replacement of ours that stands: id -> (itself, what it stands for). Fixes that look at one function see through
+# each other's.
+_ours: dict[int, tuple[Any, Any]] = {}
+
+
+def own(live: Any) -> Any:
+    """The innermost function behind `live`, seeing through known decorators and through our own replacements."""
+    while True:
+        cell = shapes.decorator_cell(live) if type(live) is FunctionType else None
+        if id(live) in _ours:
+            live = _ours[id(live)][1]
+        elif cell is not None:
+            live = cell.cell_contents
+        else:
+            return live
+
+
 def resolve(path: str) -> tuple[Slot, Any]:
     """The slot and the object of ``module:Class.method``; of an inherited method, the class that really defines it.
 
+    Private names are written as in the source, ``Class.__name``.
     Raises Missing when the module, the class or the function is not there.
     """
     module_name, _, qualname = path.partition(":")
@@ -57,6 +75,8 @@ def resolve(path: str) -> tuple[Slot, Any]:
     *classes, name = qualname.split(".")
     for part in classes:
         owner = getattr(owner, part, None)
+    if classes and name.startswith("__") and not name.endswith("__"):
+        name = f"_{classes[-1].lstrip('_')}{name}"
     for candidate in getattr(owner, "__mro__", (owner,)):
         if candidate is not None and name in vars(candidate):
             return Slot(candidate, name), vars(candidate)[name]
@@ -79,25 +99,25 @@ def live_shape(path: str) -> str | None:
         _, live = resolve(path)
     except Missing:
         return shapes.ABSENT if path.partition(":")[0] in sys.modules else None
-    return shapes.shape_of_function(live) if foreign(path) is None else None
+    return shapes.shape_of_function(own(live)) if foreign(path) is None else None
 
 
 def foreign(path: str) -> str | None:
-    """Who has replaced the function at `path`, told from where it was compiled; None if it is the module's own."""
+    """Who else has replaced the function at `path`, told from where it was compiled; None if nobody has."""
     try:
         slot, live = resolve(path)
     except Missing:
         return None
-    plain = shapes.unwrap(live)
+    plain = shapes.unwrap(own(live))
     module = getattr(slot.owner, "__module__", slot.owner.__name__)
     file = str(getattr(sys.modules.get(module), "__file__", ""))
     name = path.partition(":")[2].rpartition(".")[2]
-    own = (
+    by_itself = (
         plain is not None
         and plain.__code__.co_name == name
         and (plain.__code__.co_filename == file or (file.endswith(".pyc") and plain.__module__ == module))
     )
-    return None if own else describe(live)
+    return None if by_itself else describe(live)
 
 
 def describe(live: Any) -> str:
@@ -125,6 +145,7 @@ def put(path: str, replacement: Function) -> list[Entry]:
         for place in slots:
             place.set(replacement)
             done.append(Entry(place, original, replacement))
+            _ours[id(replacement)] = replacement, original
             if place.get() is not replacement:
                 raise RuntimeError(f"{path} did not keep its replacement")
     except Exception:
@@ -137,6 +158,7 @@ def take_out(entries: Sequence[Entry]) -> None:
     """Put the originals back, in reverse order."""
     for entry in reversed(entries):
         entry.slot.set(entry.original)
+        _ours.pop(id(entry.replacement), None)
 
 
 def standing(journal: Sequence[Entry]) -> list[Entry]:

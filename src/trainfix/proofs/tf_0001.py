@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from . import experiment
-
-
-def drive(engine: Any, loss: experiment.Loss) -> None:
-    """The usual loop: `backward` and `step` for every micro-batch; the engine knows where the window ends."""
-    for k in range(experiment.MICRO_BATCHES):
-        engine.backward(loss(k))
-        engine.step()
+from . import drives, experiment
 
 
 def main() -> None:
-    experiment.run(engine_steps=experiment.MICRO_BATCHES, drive=drive)
+    experiment.run(drives.every, config=drives.ZERO_2_OFFLOAD)

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import trainfix.fixes
 from tests.support import standin
 from trainfix.advisories import load, load_all
-from trainfix.engine.contract import Fix
+from trainfix.engine.contract import Fix, Guard, Target
 from trainfix.engine.decide import load_fix, targets_of
 from trainfix.engine.targets import TARGETS
 
 
 def fixes() -> list[Fix]:
     """Every fix under trainfix.fixes."""
-    names = [info.name for info in pkgutil.walk_packages(trainfix.fixes.__path__, "trainfix.fixes.") if not info.ispkg]
-    return [load_fix(name.removeprefix("trainfix.fixes.")) for name in names]
+    folders = [Path(trainfix.fixes.__path__[0], info.name) for info in pkgutil.iter_modules(trainfix.fixes.__path__)]
+    return [
+        load_fix(f"{folder.name}.{info.name}") for folder in folders for info in pkgutil.iter_modules([str(folder)])
+    ]
 
 
 every_fix = pytest.mark.parametrize("fix", fixes(), ids=lambda fix: fix.name)
@@ -56,11 +60,19 @@ def test_every_guard_is_of_an_advisory_of_the_fix_and_every_advisory_is_guarded(
 
 
 @every_fix
-def test_no_function_is_both_replaced_and_relied_on_or_guarded(fix: Fix) -> None:
-    targets = [target.path for target in fix.targets]
-    others = [target.path for target in fix.relies_on] + [guard.path for guard in fix.guards]
-    assert len(set(targets + others)) == len(targets + others)
+def test_no_function_is_named_twice_nor_both_replaced_and_relied_on_or_guarded(fix: Fix) -> None:
+    kinds: tuple[tuple[Target | Guard, ...], ...] = (fix.targets, fix.relies_on, fix.guards)
+    targets, relied_on, guarded = ([one.path for one in kind] for kind in kinds)
+    assert all(len(set(paths)) == len(paths) for paths in (targets, relied_on, guarded))
+    assert not set(targets) & {*relied_on, *guarded}
     assert all(target.shapes for target in fix.targets + fix.relies_on)
+
+
+def test_no_two_fixes_replace_the_same_function_and_none_replaces_what_another_guards() -> None:
+    replaced = [(target.path, fix.name) for fix in fixes() for target in fix.targets]
+    assert len({path for path, _ in replaced}) == len(replaced)
+    owner = dict(replaced)
+    assert all(owner.get(guard.path, fix.name) == fix.name for fix in fixes() for guard in fix.guards)
 
 
 @every_fix
@@ -68,7 +80,7 @@ def test_a_fix_says_what_it_repairs_and_when_it_can_go(fix: Fix) -> None:
     module = sys.modules[f"trainfix.fixes.{fix.name}"]
     assert module.__doc__ is not None
     assert all(id in module.__doc__ for id in fix.advisories)
-    assert "Delete this file when" in module.__doc__
+    assert re.search("^Delete .* when ", module.__doc__, re.MULTILINE)
 
 
 def test_fixes_are_loaded_without_the_packages_that_they_repair() -> None:

@@ -42,9 +42,10 @@ class Experiment:
     """What one proof asks for.
 
     config: merged into the base configuration of DeepSpeed, key by key.
-    dtype: of the model, ``fp32`` or ``bf16``. A bf16 model is compared with plain autograd in bf16: what is left is what
-    happened to the gradients after `backward`.
+    dtype: of the model, ``fp32`` or ``bf16``. A bf16 model is compared with plain autograd in bf16, so that only what
+    happens to the gradients after `backward` is seen.
     mask: "0110..." uses a side branch of the model in the second and third micro-batch only.
+    not_this_error: "0001" stands for coefficients that are not all 1 and yet not what the advisory speaks of.
     tolerance: the relative error that counts as right: what the reduction between `ranks` rounds away in bf16, say.
     """
 
@@ -53,6 +54,7 @@ class Experiment:
     dtype: str = "fp32"
     micro_batches: int = MICRO_BATCHES
     mask: str = ""
+    not_this_error: str = ""
     tolerance: float = 1e-6
 
     @property
@@ -113,7 +115,8 @@ def run(drive: Drive, **asked: Any) -> None:
         worst = max(windows, key=lambda window: window.relative_error)
         result = asdict(worst) | {"packages": {"deepspeed": deepspeed.__version__, "torch": torch.__version__}}
         if rank == 0:
-            with_json(result | {"tolerance": experiment.tolerance, "status": _status()})
+            judged_by = {"tolerance": experiment.tolerance, "not_this_error": list(map(int, experiment.not_this_error))}
+            with_json(result | judged_by | {"status": _status()})
         torch.distributed.barrier()
 
 

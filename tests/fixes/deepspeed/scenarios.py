@@ -1,17 +1,19 @@
 """What a plain run of windows cannot express: things that happen in the middle of a window, and between engines.
 
 The child's program of the tests in this folder. Each entry of its list is one of `Configuration`'s, plus
-``"scenario": name``, a function of this file, and what that function asks for. Every scenario writes the windows it ran
+``"scenario": name``, a function of this file, and what that function asks for; ``"ask_for"`` names advisories to
+repair by name. Every scenario writes the windows it ran
 into ``result["windows"]``, and what else it found beside them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -40,8 +42,7 @@ class Scripted(Trial):
         """Begin a window, and leave it after so many of its micro-batches."""
         import torch
 
-        elements = sum(parameter.numel() for parameter in self.trained)
-        self.arrived = torch.zeros(self.configuration.ga, elements, dtype=torch.float64)
+        self.arrived = torch.zeros(self.configuration.ga, sum(self.sizes), dtype=torch.float64)
         for k in range(micro_batches):
             self.current = k
             self._backward(self.done, k)
@@ -61,8 +62,24 @@ def perform(deepspeed: ModuleType, values: Mapping[str, Any], result: Result) ->
     """Run one entry: its scenario, or plain windows."""
     rest = dict(values)
     scenario = rest.pop("scenario", None)
-    if scenario is None:
-        return experiment.windows(deepspeed, rest, result)
+    with _asking_for(rest.pop("ask_for", ())):
+        if scenario is None:
+            return experiment.windows(deepspeed, rest, result)
+        _play(deepspeed, scenario, rest, result)
+
+
+@contextlib.contextmanager
+def _asking_for(ids: Sequence[str]) -> Iterator[None]:
+    """A loss of precision is repaired only when it is asked for by name; for other configurations it is not."""
+    trainfix = sys.modules.get("trainfix") if ids else None
+    if trainfix:
+        trainfix.apply(*ids)
+    yield
+    if trainfix:
+        trainfix.revert(*ids)
+
+
+def _play(deepspeed: ModuleType, scenario: str, rest: dict[str, Any], result: Result) -> None:
     asked = {key: rest.pop(key) for key in ("call", "optimizer_states") if key in rest}
     function: Callable[..., None] = globals()[scenario]
     function(deepspeed, Configuration(**rest), result, **asked)
@@ -164,6 +181,7 @@ def revert(deepspeed: ModuleType, configuration: Configuration, result: Result) 
     trial.events[3, 1] = lambda _: trainfix.apply()
     result["windows"] += [trial.window() for _ in range(configuration.windows)]
     result["left on the optimizer"] = sorted(name for name in vars(trial.zero) if "trainfix" in name)
+    result["left on the engine"] = sorted(name for name in vars(trial.engine) if "trainfix" in name)
 
 
 def safe_gradients(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
@@ -232,6 +250,30 @@ def _count_buckets(trial: Scripted, counts: dict[str, int]) -> None:
         return take(*args)
 
     trial.zero.average_tensor, trial.zero.copy_grads_in_partition = average_tensor, copy_grads_in_partition
+
+
+def communicated(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
+    """How many elements of each dtype this rank gives to collectives in one window, from the second on."""
+    import torch
+
+    trial = Scripted(deepspeed, configuration)
+    result["windows"].append(trial.window())
+    sent: dict[str, int] = {}
+    collectives = {name: getattr(torch.distributed, name) for name in ("all_reduce", "reduce")}
+
+    def counted(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def count(tensor: Any, *args: Any, **named: Any) -> Any:
+            sent[str(tensor.dtype)] = sent.get(str(tensor.dtype), 0) + tensor.numel()
+            return collective(tensor, *args, **named)
+
+        return count
+
+    for name, collective in collectives.items():
+        setattr(torch.distributed, name, counted(collective))
+    trial.abandon(configuration.ga)
+    for name, collective in collectives.items():
+        setattr(torch.distributed, name, collective)
+    result["communicated"] = sent
 
 
 def untouched(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:

@@ -41,7 +41,7 @@ def test_releases_before_0_15_2_lose_the_same_and_keep_all_with_trainfix(runs, v
     assert_loses(runs(version, tables.EARLY_RELEASE, trainfix=False)[name], [0, 0, 0, 1])
     repaired = runs(version, tables.EARLY_RELEASE, trainfix=True)[name]
     assert_right(repaired)
-    assert states(repaired) == {"TF-0001": "not-affected", "TF-0003": "applied"}
+    assert states(repaired).items() >= {"TF-0001": "not-affected", "TF-0003": "applied"}.items()
 
 
 @pytest.mark.parametrize("name", tables.CONDITIONAL)

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Every id of the catalogue; tests/advisories keeps this equal to the records.
-ADVISORY_IDS = ("TF-0001", "TF-0003")
+# fmt: off
+ADVISORY_IDS = (
+    "TF-0001", "TF-0002", "TF-0003", "TF-0004", "TF-0005", "TF-0006", "TF-0007", "TF-0008",
+    "TF-0009", "TF-0010", "TF-0011", "TF-0012", "TF-0013", "TF-0014", "TF-0015", "TF-0016",
+    "TF-0017", "TF-0018", "TF-0019", "TF-0020", "TF-0021", "TF-0022", "TF-0023", "TF-0024",
+    "TF-0025", "TF-0026", "TF-0027", "TF-0028", "TF-0029", "TF-0030", "TF-0031", "TF-0032",
+    "TF-0033", "TF-0034",
+)
+# fmt: on
 MODES = ("on", "off", "warn", "strict")
 VARIABLES = ("TRAINFIX", "TRAINFIX_DISABLE", "TRAINFIX_QUIET")
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -63,8 +64,21 @@ def test_a_record_fits_the_schema(path: Path) -> None:
 def test_a_record_is_named_after_its_id_and_its_url_too(path: Path) -> None:
     record = read(path)
     assert path.stem == record["id"]
-    assert record["database_specific"]["trainfix"]["url"].endswith(f"/patches/{record['id']}/README.md")
-    assert (advisories.patches_folder() / record["id"] / "README.md").is_file()
+    ours = record["database_specific"]["trainfix"]
+    if ours["source_patches"]:
+        assert ours["url"].endswith(f"/patches/{record['id']}/README.md")
+        assert (advisories.patches_folder() / record["id"] / "README.md").is_file()
+    else:
+        assert ours["url"].endswith(f"/docs/advisories.md#{record['id'].lower()}")
+
+
+def test_the_page_of_the_catalogue_is_what_the_records_say(checkout: Path) -> None:
+    sys.path.insert(0, str(checkout / "tools"))
+    try:
+        page = importlib.import_module("advisories").page()
+    finally:
+        sys.path.pop(0)
+    assert (checkout / "docs" / "advisories.md").read_text(encoding="utf-8") == page, "python tools/advisories.py"
 
 
 def test_the_ids_known_at_import_are_those_of_the_records() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support.releases import release
+from trainfix import advisories
 from trainfix.cli import main
 
 OFFLOADED = {
@@ -51,6 +53,34 @@ def trainfix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         return Answer(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def catalogue(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """A catalogue of TF-0001 and TF-0003 alone. It gives a function that adds a know-only record made from TF-0001's,
+    with changes to the part that is ours, and to `summary` and `introduced`."""
+    real, folder = advisories.RECORDS, tmp_path_factory.mktemp("records")
+    for advisory_id in ("TF-0001", "TF-0003"):
+        shutil.copy(real / f"{advisory_id}.json", folder)
+    monkeypatch.setattr(advisories, "RECORDS", folder)
+    advisories.load_all.cache_clear()
+
+    def add(
+        advisory_id: str, *, summary: str = "An error that we have only read of", introduced: str = "", **ours: Any
+    ) -> None:
+        record = json.loads((real / "TF-0001.json").read_text())
+        record |= {"id": advisory_id, "summary": summary}
+        events = record["affected"][0]["ranges"][0]["events"]
+        events[0] = {"introduced": introduced or events[0]["introduced"]}
+        changes = {"fix": None, "proof": None, "source_patches": [], "evidence_level": "read", **ours}
+        record["database_specific"]["trainfix"] |= changes
+        if record["database_specific"]["trainfix"]["ways_out"]["upgrade"] is None:
+            events[1] = {"last_affected": "0.19.8"}
+        (folder / f"{advisory_id}.json").write_text(json.dumps(record))
+        advisories.load_all.cache_clear()
+
+    yield add
+    advisories.load_all.cache_clear()
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def shell(*argv: str, env: dict[str, str] | None = None) -> subprocess.Completed
         (["prove", "--fromat=json"], ["unknown option '--fromat'", "did you mean --format?"]),
         (["--verison"], ["unknown option '--verison'", "did you mean --version?"]),
         (["doctor", "ds.json"], ["`trainfix doctor` does not take 'ds.json'"]),
-        (["doctor", "--only", "TF-001"], ["--only", "unknown advisory 'TF-001'", "did you mean TF-0001?", "TF-0003"]),
+        (["doctor", "--only", "TF0001"], ["--only", "unknown advisory 'TF0001'", "did you mean TF-0001?", "TF-0003"]),
         (["prove", "TF-9999"], ["unknown advisory 'TF-9999'", "valid: TF-0001"]),
         (["show", "nonsense"], ["unknown advisory 'NONSENSE'", "valid: TF-0001"]),
         (["doctor", "--format", "jsn"], ["unknown format 'jsn'", "did you mean json?", "text, json"]),
@@ -83,11 +83,14 @@ def test_show_explains_one_advisory(trainfix, advisory):
     answer = trainfix("show", advisory.id.lower())
     assert answer.code == 0
     text = " ".join(answer.out.split())
-    for words in (advisory.summary, *advisory.details.split(), *advisory.hazards, advisory.ways_out["config"]):
+    for words in (advisory.summary, *advisory.details.split(), *advisory.ways_out["config"].split()):
         assert words in text
     for _, url in advisory.references:
         assert url in text
-    assert f"trainfix prove {advisory.id}" in text
+    release = advisory.ways_out["upgrade"]
+    assert (f"upgrade: to deepspeed {release}" if release else "no release of deepspeed repairs it yet") in text
+    assert ("gradient_clipping in 0.19.3" in text) == (release is not None and advisory.affected[-1] < "0.19.3")
+    assert (f"proof: trainfix prove {advisory.id}" if advisory.proof else "proof: none") in text
 
 
 @pytest.mark.parametrize("version", ["0.15.2", "0.18.2", "0.18.3", "0.18.9"])
@@ -104,10 +107,24 @@ def test_diff_needs_to_know_the_release(trainfix):
     assert "deepspeed is not installed: say for which release, --for deepspeed==0.18.9" in answer.err
 
 
-def test_every_affected_release_has_a_source_patch(trainfix):
+def test_every_affected_release_has_a_source_patch_where_there_are_any(trainfix):
     for advisory in load_all():
-        for version in set(advisory.affected) & set(RELEASES):
+        for version in set(advisory.affected) & set(RELEASES) if advisory.source_patches else ():
             assert trainfix("diff", advisory.id, "--for", f"deepspeed=={version}", installed=None).code == 0
+
+
+def test_an_advisory_that_we_only_know_says_what_there_is_not(trainfix, catalogue):
+    catalogue("TF-0014", ways_out={"upgrade": None, "config": "do something else"}, evidence={}, triggers=[])
+    text = " ".join(trainfix("show", "TF-0014").out.split())
+    for words in (
+        "evidence: read reached if: every run reaches it repair: none yet",
+        "upgrade: no release of deepspeed repairs it yet config: do something else proof: none",
+    ):
+        assert words in text
+    for argv in (("diff", "TF-0014"), ("diff", "TF-0014", "--for", "deepspeed==0.18.9")):
+        answer = trainfix(*argv, installed=None)
+        assert (answer.code, answer.out) == (2, "")
+        assert answer.err == "trainfix: TF-0014 has no source patch; `trainfix show TF-0014` has the ways out\n"
 
 
 # A damaged trainfix.

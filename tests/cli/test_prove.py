@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from trainfix.cli.text import prove_text
+from trainfix.cli.proof_text import prove_text
 
 from .test_commands import environment, release, shell
 
@@ -29,11 +29,15 @@ def test_the_error_of_0_18_9_is_shown_and_gone_with_the_repair(tmp_path):
     assert proof["after"]["coefficients"] == pytest.approx([1] * 8, abs=1e-3)
 
 
-def test_a_repaired_release_has_nothing_to_prove():
-    answer = shell("prove", env=environment(release("0.19.8")))
-    assert answer.returncode == 0
-    assert "TF-0001 on deepspeed 0.19.8: does not apply" in answer.stdout
-    assert answer.stdout.endswith("none of these errors applies here (exit 0)\n")
+def test_a_repaired_release_has_nothing_to_prove(trainfix, catalogue, monkeypatch):
+    catalogue("TF-0014")  # without a proof: not among those that run when none is named
+    monkeypatch.setenv("PYTHONPATH", str(release("0.19.8")))
+    answer = trainfix("prove", installed=None)
+    assert answer.code == 0
+    for advisory_id in ("TF-0001", "TF-0003"):
+        assert f"{advisory_id} on deepspeed 0.19.8: does not apply" in answer.out
+    assert "TF-0014" not in answer.out + answer.err
+    assert answer.out.endswith("none of these errors applies here (exit 0)\n")
 
 
 def test_an_unwritable_place_is_said_before_the_work(tmp_path):

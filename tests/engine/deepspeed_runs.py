@@ -41,9 +41,10 @@ def coefficients(deepspeed: ModuleType, trial: Trial | None = None, **values: An
 
 
 def states() -> dict[str, str]:
+    """Of the two errors that these runs are about."""
     import trainfix
 
-    return {record.id: record.state for record in trainfix.status()}
+    return {record.id: record.state for record in trainfix.status() if record.id in ("TF-0001", "TF-0003")}
 
 
 def trainfix_first() -> dict[str, Any]:

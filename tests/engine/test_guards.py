@@ -15,7 +15,7 @@ SI-0001 is reached and not repaired: windows lose their middle.
   why it is reached: steps = 4
   why it is not repaired: refused: Engine.check has an unknown body (shape SHAPE) (standin 2.3)
 Ways out:
-  (1) move to standin 3.0 or newer (it also changes: clipping has another default from 3.0)
+  (1) move to standin 3.0 or newer
   (2) change the configuration: set steps to 1 or 2
   (3) run `trainfix prove SI-0001`; if it shows that the error is absent here, set TRAINFIX_DISABLE=SI-0001
 TRAINFIX=warn turns this stop into a warning."""

@@ -10,8 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.releases import release
-from trainfix.environment.runconfig import DEVICE, STAGE, STEPS, UNKNOWN, ConfigError, RunConfig, load
+from tests.support.defaults import Missing, default_of
+from tests.support.releases import RELEASES, release
+from trainfix.environment.runconfig import (
+    ACCUMULATION_TYPE,
+    CHANGED_DEFAULTS,
+    CLIPPING,
+    CONTIGUOUS,
+    DEFAULTS,
+    DEVICE,
+    MODEL_TYPE,
+    OVERLAP,
+    STAGE,
+    STAIRS,
+    STEPS,
+    UNKNOWN,
+    ZENFLOW,
+    ConfigError,
+    RunConfig,
+    load,
+)
 
 
 @pytest.fixture
@@ -126,11 +144,144 @@ def test_length_of_the_window_as_deepspeed_derives_it(config, content, steps, wo
     assert word in setting.because
 
 
-def test_other_keys_are_read_as_written_and_absent_ones_have_no_value(config):
-    read = config({"bf16": {"enabled": True}, "gradient_clipping": "auto"})
+def test_other_keys_are_read_as_written_and_absent_ones_have_deepspeeds_default(config):
+    read = config({"bf16": {"enabled": True}, "zero_optimization": {"reduce_scatter": "auto"}})
     assert read.value("bf16.enabled") is True
-    assert read.value("gradient_clipping") is UNKNOWN
-    assert read.value("fp16.enabled") is None
+    assert read.value("zero_optimization.reduce_scatter") is UNKNOWN
+    assert read.setting("fp16.enabled").value is False
+    assert read.setting("fp16.enabled").because == "fp16.enabled is not set (ds.json): DeepSpeed takes false"
+    assert read.value("optimizer.type") is None
+    assert read.value("a.key.of.nobody") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "value", "word"),
+    [
+        ({"bf16": {"enabled": 1}}, "bf16.enabled", True, "bf16.enabled = 1"),
+        ({"bf16": {"enabled": "true"}}, "bf16.enabled", UNKNOWN, "neither true nor false"),
+        ({"bf16": {}}, "bf16.enabled", False, "not set"),
+        ({"bf16": None}, "bf16.enabled", False, "not set"),
+        ({"bf16": "auto"}, "bf16.enabled", UNKNOWN, '"auto"'),
+        ({"bfloat16": {"enabled": True}}, "bf16.enabled", True, "bfloat16.enabled = true"),
+        ({"bfloat16": {"enabled": True}, "bf16": {"enabled": False}}, "bf16.enabled", False, "bf16.enabled = false"),
+        ({"fp16": {"loss_scale": "0"}}, "fp16.loss_scale", UNKNOWN, "not a number"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer.type", "adamw", "optimizer.type = AdamW"),
+        ({"optimizer": {"type": "SGD"}}, "optimizer.type", "SGD", "optimizer.type = SGD"),
+        ({"optimizer": {"type": "auto"}}, "optimizer.type", UNKNOWN, '"auto"'),
+        (
+            {"optimizer": {"type": "Adam", "params": {"torch_adam": True}}},
+            "optimizer.type",
+            "torch_adam",
+            "optimizer.params.torch_adam = true",
+        ),
+        ({"torch_autocast": {"dtype": "torch.bfloat16"}}, "torch_autocast.dtype", "bf16", "= torch.bfloat16"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast.dtype", None, "not set"),
+        (zero(stage=2, zenflow={"topk_ratio": 0.1}), ZENFLOW, True, "zenflow is set"),
+        (zero(stage=2, zenflow=None), ZENFLOW, False, "zenflow = null"),
+        (zero(stage=2), ZENFLOW, False, "not set"),
+        (zero(stage=2, zenflow="auto"), ZENFLOW, UNKNOWN, '"auto"'),
+        (zero(stage=3, cpu_offload_param=True), "zero_optimization.offload_param.device", "cpu", "the old name"),
+        (zero(stage=3), "zero_optimization.offload_param.device", "none", "not set"),
+        ({}, STAIRS, 0, "cycle_first_stair_count is not set"),
+        ({"scheduler": {"params": {"cycle_first_stair_count": 4}}}, STAIRS, 4, "cycle_first_stair_count = 4"),
+        ({"scheduler": {"params": {"cycle_second_stair_count": 2}}}, STAIRS, 2, "cycle_second_stair_count = 2"),
+        ({"scheduler": {"params": {"cycle_second_stair_count": None}}}, STAIRS, 0, "first_stair_count is not set"),
+        ({"scheduler": {"params": "auto"}}, STAIRS, UNKNOWN, '"auto"'),
+        (zero(stage="auto", offload_optimizer={"device": "nvme"}), DEVICE, UNKNOWN, "the stage is not known"),
+    ],
+)
+def test_a_key_as_deepspeed_reads_it(config, content, key, value, word):
+    setting = config(content).setting(key)
+    assert setting.value is value if isinstance(value, bool) or value is UNKNOWN else setting.value == value
+    assert word in setting.because
+
+
+@pytest.mark.parametrize(
+    ("section", "overlaps", "word"),
+    [
+        ({"stage": 3}, True, "DeepSpeed takes true in stage 3"),
+        ({"stage": 2}, False, "DeepSpeed takes false below stage 3"),
+        ({}, False, "below stage 3"),
+        ({"stage": 3, "overlap_comm": None}, True, "in stage 3"),
+        ({"stage": 3, "overlap_comm": False}, False, "overlap_comm = false"),
+        ({"stage": 3, "overlap_comm": "auto"}, UNKNOWN, "auto"),
+        ({"stage": "auto"}, UNKNOWN, "zero_optimization.stage"),
+    ],
+)
+def test_overlap_as_deepspeed_derives_it(config, section, overlaps, word):
+    setting = config(zero(**section)).setting(OVERLAP)
+    assert setting.value is overlaps
+    assert word in setting.because
+
+
+@pytest.mark.parametrize(
+    ("section", "contiguous"),
+    [
+        ({"stage": 2}, True),
+        ({"stage": 2, "contiguous_gradients": False}, False),
+        ({"stage": 2, "contiguous_gradients": False, "offload_optimizer": {"device": "cpu"}}, True),
+        ({"stage": 3, "contiguous_gradients": False, "offload_optimizer": {"device": "cpu"}}, False),
+        ({"stage": 2, "contiguous_gradients": False, "offload_optimizer": {"device": "auto"}}, UNKNOWN),
+    ],
+)
+def test_contiguous_gradients_as_deepspeed_takes_them(config, section, contiguous):
+    assert config(zero(**section)).value(CONTIGUOUS) is contiguous
+
+
+BF16 = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("content", "release", "kind"),
+    [
+        ({}, None, "fp32"),
+        ({"fp16": {"enabled": True}}, None, "fp16"),
+        (BF16 | zero(stage=1), None, "bf16"),
+        (BF16, "0.17.5", "fp32"),
+        (BF16, "0.17.6", "bf16"),
+        (BF16, None, UNKNOWN),
+        (BF16 | zero(stage="auto"), "0.17.5", UNKNOWN),
+        (BF16 | zero(stage="auto"), "0.19.8", "bf16"),
+        ({"bf16": {"enabled": "auto"}}, "0.19.8", UNKNOWN),
+        (BF16 | {"data_types": {"grad_accum_dtype": "torch.float32"}}, None, "fp32"),
+        (BF16 | {"data_types": {"grad_accum_dtype": "half"}}, None, "fp16"),
+        (BF16 | {"data_types": {"grad_accum_dtype": None}}, "0.19.8", "bf16"),
+        (BF16 | {"data_types": {"grad_accum_dtype": "float64"}}, "0.19.8", UNKNOWN),
+    ],
+)
+def test_type_of_the_accumulated_gradient_as_deepspeed_derives_it(config, content, release, kind):
+    setting = config(content).setting(ACCUMULATION_TYPE, release)
+    assert setting.value == kind
+    assert "ds.json" in setting.because
+
+
+def test_type_of_the_model_follows_the_two_switches(config):
+    assert [config(one).value(MODEL_TYPE) for one in ({}, BF16, {"fp16": {"enabled": True}})] == [
+        "fp32",
+        "bf16",
+        "fp16",
+    ]
+    assert config({"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}}).value(MODEL_TYPE) is UNKNOWN
+
+
+def test_a_default_that_changed_needs_the_release(config):
+    read = config({})
+    assert [read.value(CLIPPING, one) for one in ("0.14.0", "0.19.2", "0.19.3", "0.20.dev0")] == [0, 0, 1, 1]
+    assert read.value(CLIPPING) is read.value(CLIPPING, "main") is UNKNOWN
+    assert read.setting(CLIPPING, "0.19.8").because == (
+        "gradient_clipping is not set (ds.json): DeepSpeed takes 1.0 from 0.19.3 on"
+    )
+    assert read.setting(CLIPPING).because.endswith("DeepSpeed takes 0.0 before 0.19.3, 1.0 from there on")
+    assert config({CLIPPING: 0.5}).value(CLIPPING, "0.14.0") == 0.5
+
+
+def test_a_file_decides_a_key_that_it_sets_or_leaves_to_the_program(config):
+    read = config({"bfloat16": {"enabled": True}, "gradient_clipping": "auto", "fp16": "auto", "optimizer": None})
+    assert [key for key in ("bf16.enabled", CLIPPING, "fp16.hysteresis", "optimizer.type") if read.sets(key)] == [
+        "bf16.enabled",
+        CLIPPING,
+        "fp16.hysteresis",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +343,54 @@ def test_a_yaml_file_is_told_apart(config):
         load("accelerate.yaml")
 
 
+CONFIG, CONSTANTS, PRECISION = "runtime/config.py:", "runtime/constants.py:", "runtime/precision_config.py:"
+ZERO = "runtime/zero/config.py:DeepSpeedZeroConfig."
+OPTIMIZER = "runtime/zero/offload_config.py:DeepSpeedZeroOffloadOptimizerConfig."
+PARAM = "runtime/zero/offload_config.py:DeepSpeedZeroOffloadParamConfig."
+# key -> where the sources have its default; the first that a release has counts, and it may have none.
+PLACES = {
+    "amp.enabled": (f"{CONSTANTS}AMP_ENABLED_DEFAULT",),
+    "bf16.check_grad_overflow": (f"{PRECISION}DeepSpeedBF16Config.check_grad_overflow",),
+    "bf16.enabled": (f"{PRECISION}DeepSpeedBF16Config.enabled", f"{CONSTANTS}BFLOAT16_ENABLED_DEFAULT"),
+    "compile.deepcompile": ("compile/config.py:CompileConfig.deepcompile",),
+    "fp16.auto_cast": (f"{PRECISION}DeepSpeedFP16Config.auto_cast", f"{CONSTANTS}FP16_AUTO_CAST_DEFAULT"),
+    "fp16.enabled": (f"{PRECISION}DeepSpeedFP16Config.enabled", f"{CONSTANTS}FP16_ENABLED_DEFAULT"),
+    "fp16.loss_scale": (f"{PRECISION}DeepSpeedFP16Config.loss_scale", f"{CONSTANTS}FP16_LOSS_SCALE_DEFAULT"),
+    "gradient_clipping": (f"{CONSTANTS}GRADIENT_CLIPPING_DEFAULT",),
+    "gradient_predivide_factor": (f"{CONSTANTS}GRADIENT_PREDIVIDE_FACTOR_DEFAULT",),
+    "managed_gradient_accumulation": (f"{CONSTANTS}MANAGED_GRADIENT_ACCUMULATION_DEFAULT",),
+    "optimizer.legacy_fusion": (f"{CONSTANTS}LEGACY_FUSION_DEFAULT",),
+    "prescale_gradients": (f"{CONSTANTS}PRESCALE_GRADIENTS_DEFAULT",),
+    "sparse_gradients": (f"{CONSTANTS}SPARSE_GRADIENTS_DEFAULT",),
+    "torch_autocast.enabled": (f"{CONSTANTS}TORCH_AUTOCAST_ENABLED_DEFAULT",),
+    "zero_allow_untested_optimizer": (f"{CONSTANTS}ZERO_ALLOW_UNTESTED_OPTIMIZER_DEFAULT",),
+    "zero_force_ds_cpu_optimizer": (f"{CONSTANTS}ZERO_FORCE_DS_CPU_OPTIMIZER_DEFAULT",),
+    **{
+        f"zero_optimization.{name}": (f"{ZERO}{name}",)
+        for name in (
+            *("stage", "contiguous_gradients", "elastic_checkpoint", "ignore_unused_parameters", "reduce_scatter"),
+            *("round_robin_gradients", "use_multi_rank_bucket_allreduce", "zero_hpz_partition_size"),
+            *("zero_quantized_gradients", "zero_quantized_weights"),
+        )
+    },
+    **{
+        f"zero_optimization.offload_optimizer.{name}": (f"{OPTIMIZER}{name}",)
+        for name in ("device", "pin_memory", "ratio", "super_offload")
+    },
+    **{f"zero_optimization.offload_param.{name}": (f"{PARAM}{name}",) for name in ("device", "pin_memory")},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [*DEFAULTS, *CHANGED_DEFAULTS])
+def test_a_default_is_that_of_all_releases(config, key):
+    read = config({})
+    found = {version: default_of(version, *PLACES[key]) for version in RELEASES}
+    known = {version: default for version, default in found.items() if default is not Missing}
+    assert RELEASES[-1] in known or key in ("amp.enabled", "sparse_gradients")  # dropped in 0.19.8
+    assert known == {version: read.value(key, version) for version in known}
+
+
 BATCH = {"train_micro_batch_size_per_gpu": 2}
 # Every value here is one that we claim to know.
 ASKED = [
@@ -208,10 +407,15 @@ ASKED = [
     {**BATCH, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
     {**BATCH, "zero_optimization": {"stage": 2, "cpu_offload": True}},
     {**BATCH, "zero_optimization": {"stage": 2, "cpu_offload": False}},
+    {**BATCH, **BF16},
+    {**BATCH, "bfloat16": {"enabled": True}, "zero_optimization": {"stage": 1}},
+    {**BATCH, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "float32"}},
+    {**BATCH, "fp16": {"enabled": True}, "zero_optimization": {"stage": 3, "overlap_comm": None}},
+    {**BATCH, "gradient_clipping": 0.5, "zero_optimization": {"stage": 3, "overlap_comm": False}},
 ]
 
 _ASK = """
-import json, sys, torch
+import json, sys, torch, types
 import deepspeed.comm.torch
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda *_, **__: None
 import deepspeed
@@ -224,7 +428,11 @@ for content in json.load(sys.stdin):
     offload = config.zero_config.offload_optimizer
     device = offload.device if offload else "none"
     found = [int(config.zero_optimization_stage), device, config.gradient_accumulation_steps]
-    print("config " + json.dumps(found))
+    found += [config.zero_config.overlap_comm, config.bfloat16_config.enabled, config.gradient_clipping]
+    engine = types.SimpleNamespace(_config=config, fp16_enabled=lambda: config.float16_config.enabled,
+                                   bfloat16_enabled=lambda: config.bfloat16_config.enabled)
+    types_found = deepspeed.DeepSpeedEngine.get_data_types(engine)
+    print("config " + json.dumps([*found, *map(str, types_found)]))
 for stage in (1, 2):
     model = torch.nn.Linear(4, 1)
     zero = {"stage": stage, "offload_optimizer": {"device": "nvme"}}
@@ -252,11 +460,16 @@ def deepspeed_says() -> dict[str, list[list[object]]]:
     return said
 
 
+TORCH_TYPES = {"fp32": "torch.float32", "fp16": "torch.float16", "bf16": "torch.bfloat16"}
+
+
 @pytest.mark.slow
 def test_deepspeed_0_18_9_itself_reads_the_configs_as_we_do(config, deepspeed_says):
     for content, found in zip(ASKED, deepspeed_says["config"], strict=True):
         read = config(content)
-        assert [read.value(STAGE), read.value(DEVICE), read.value(STEPS)] == found, content
+        keys = (STAGE, DEVICE, STEPS, OVERLAP, "bf16.enabled", CLIPPING, MODEL_TYPE, ACCUMULATION_TYPE)
+        said = [read.value(key, "0.18.9") for key in keys]
+        assert [TORCH_TYPES.get(value, value) for value in said] == found, content
 
 
 @pytest.mark.slow

@@ -56,11 +56,17 @@ class Configuration:
     accelerate: the engine's GA is 1, several `backward`, boundary set by hand, one `step` (TF-0003)
     bare: the same without setting the boundary
 
+    `backward` is what it calls, and who divides the loss by the accumulation steps; "unscaled,engine" is both in turn:
+
+    engine: `engine.backward(loss)`, which divides
+    unscaled: `engine.backward(loss, scale_wrt_gas=False)`, having divided (transformers' Trainer, through accelerate)
+    torch: `loss.backward()`, which divides from 0.18.3 on (not in stage 0, and fp16 has a scale to add)
+
     `cpu_adam`: DeepSpeed's compiled optimizer in torch's place. `engine_steps`: the engine's own accumulation steps
     where they are not the window's. `extra` is merged into DeepSpeed's configuration, section by section.
     `loss_scale` (fp16 only): 0 is dynamic, starting at 2**initial_scale_power. `mask`: '0110' uses a side branch in the
-    second and third micro-batch only; `side`: 0, or the width of a hidden layer in it. `overflow_window`: targets are
-    10**4 times as large there. `overlap`: None is the release's default.
+    second and third micro-batch only; a longer one goes on in the next windows. `side`: 0, or the width of a hidden
+    layer in it. `overflow_window`: targets are 10**4 times as large there. `overlap`: None is the release's default.
     """
 
     stage: int = 2
@@ -68,6 +74,7 @@ class Configuration:
     ga: int = 4
     dtype: str = "fp32"
     driver: str = "every"
+    backward: str = "engine"
     windows: int = 3
     loss_scale: float = 64.0
     initial_scale_power: int = 12
@@ -84,7 +91,7 @@ class Configuration:
     lr: float = 1e-3
     cpu_adam: bool = False
     engine_steps: int | None = None
-    extra: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         choices = {
@@ -92,11 +99,13 @@ class Configuration:
             "driver": ("every", "boundary", "accelerate", "bare"),
             "checkpointing": ("", "reentrant", "nonreentrant"),
             "groups": (1, 2),
-            "stage": (1, 2),
+            "stage": (0, 1, 2, 3),
         }
         for key, valid in choices.items():
             if getattr(self, key) not in valid:
                 raise ValueError(f"{key} must be one of {valid}, not {getattr(self, key)!r}")
+        if not set(self.backward.split(",")) <= {"engine", "unscaled", "torch"}:
+            raise ValueError(f"backward must be of engine, unscaled and torch, not {self.backward!r}")
 
     @property
     def engine_ga(self) -> int:
@@ -326,18 +335,23 @@ class Trial:
         self.model = build_model(configuration).to(self.dtype) if model is None else model
         self.twin = build_model(dataclasses.replace(configuration, checkpointing="")).double()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        # Stage 3 leaves parameters empty, also those of a model that another engine had.
+        self.sizes = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.trained]
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        pairs = zip(names, self.sizes, strict=True)
+        self.side = [name.startswith("side.") for name, size in pairs for _ in range(size)]
         self.done = 0
         self.rows: list[torch.Tensor] = []
         groups = parameter_groups(self.model, configuration)
         compiled = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam if configuration.cpu_adam else None
         optimizer = (compiled or torch.optim.AdamW)(groups, lr=configuration.lr, weight_decay=0.0)
-        optimizer.register_step_pre_hook(lambda stepping, *_: self.layout.see(stepping))
         # 0.18.x with two ranks on CPU: all_gather dies with "Output 0 of Split is a view" unless grad is off.
         with torch.set_grad_enabled(not deepspeed.__version__.startswith("0.18.")):
             self.engine, self.zero, *_ = deepspeed.initialize(
                 model=self.model, optimizer=optimizer, config=deepspeed_config(configuration)
             )
         self.layout = layouts.of(self.zero, self.trained)
+        optimizer.register_step_pre_hook(lambda stepping, *_: self.layout.see(stepping))  # some step while being built
         self.arrived: torch.Tensor = torch.zeros(0)
         self.current = 0
         self.layout.watch(self._arrive)
@@ -348,7 +362,8 @@ class Trial:
 
         number, count = self.done, self.configuration.ga
         self.done += 1
-        self.twin.load_state_dict(self.model.state_dict())
+        with layouts.full_weights(list(self.model.parameters())):
+            self.twin.load_state_dict(self.model.state_dict())
         rows = torch.stack([self._reference(number, k) for k in range(count)])
         elements = rows.shape[1]
         self.layout.seen = {}
@@ -369,14 +384,22 @@ class Trial:
 
     def parameters(self) -> str:
         """sha256 of the model's parameters as they are now."""
-        return sha256(parameter.detach() for parameter in self.model.parameters())
+        with layouts.full_weights(list(self.model.parameters())):
+            return sha256(parameter.detach() for parameter in self.model.parameters())
 
     def _backward(self, number: int, k: int) -> None:
         engine, configuration = self.engine, self.configuration
         if configuration.driver in ("boundary", "accelerate"):
             engine.set_gradient_accumulation_boundary(k == configuration.ga - 1)
         loss = self._loss(engine, number, k, self.deepspeed.comm.get_rank())
-        engine.backward(loss / (configuration.ga / configuration.engine_ga))
+        calls = configuration.backward.split(",")
+        call = calls[k % len(calls)]
+        if call == "unscaled":
+            engine.backward(loss / configuration.ga, scale_wrt_gas=False)
+        elif call == "torch":
+            (loss / (configuration.ga / configuration.engine_ga)).backward()
+        else:
+            engine.backward(loss / (configuration.ga / configuration.engine_ga))
 
     def _loss(self, model: Any, number: int, k: int, rank: int) -> torch.Tensor:
         import torch
@@ -388,7 +411,8 @@ class Trial:
         if twin:
             inputs, targets = inputs.double(), targets.double()
         if configuration.mask:
-            (self.twin if twin else self.model).use_side = configuration.mask[k] == "1"
+            place = (number * configuration.ga + k) % len(configuration.mask)
+            (self.twin if twin else self.model).use_side = configuration.mask[place] == "1"
         outer = contextlib.nullcontext()
         if configuration.dtype == "autocast" and not twin and not hasattr(model, "torch_autocast_enabled"):
             outer = torch.autocast("cpu", dtype=torch.bfloat16)  # before DeepSpeed did it by itself
@@ -418,17 +442,20 @@ class Trial:
 
     def _arrive(self, index: int, start: int, gradient: torch.Tensor) -> None:
         """Add a piece of the reduced gradient of a trained parameter to the row of the current micro-batch."""
-        before = sum(own.numel() for own in self.trained[:index]) + start
+        before = sum(self.sizes[:index]) + start
         self.arrived[self.current][before : before + gradient.numel()] += gradient.detach().reshape(-1).double()
 
     def _safe_norm(self) -> float | None:
         """|safe_get_full_grad| over all parameters, as it stands before the step (fp16: with the loss scale in it).
 
-        None with round_robin_gradients on several ranks: there the call itself fails in DeepSpeed, on one rank.
+        None with round_robin_gradients on several ranks: there the call itself fails in DeepSpeed, on one rank. None
+        with BF16_Optimizer: up to 0.19.7 the call finds in `.grad` what autograd left, this rank's last micro-batch.
         """
         import torch
 
         if self.configuration.round_robin and self.deepspeed.comm.get_world_size() > 1:
+            return None
+        if isinstance(self.layout, layouts.Bf16Partitioned):
             return None
 
         utils = importlib.import_module("deepspeed.utils")
@@ -444,11 +471,17 @@ class Trial:
             return report
         measure = importlib.import_module("untouched.measure.coefficients").measure
         consumed = self.layout.consumed()
-        norm = float(self.engine.get_global_grad_norm())
+        norm = self.engine.get_global_grad_norm()  # None in stage 0 with fp32
+        norm = None if norm is None else float(norm)
         clip = self.configuration.clip
-        undone = consumed.double() * (max(1.0, (norm + 1e-6) / clip) if clip else 1.0)
+        undone = consumed.double() * (max(1.0, (norm + 1e-6) / clip) if clip and norm is not None else 1.0)
         found = measure(rows, undone, earlier=torch.cat(self.rows) if self.rows else None)
         want = float(rows.sum(0).norm()) or 1.0
+        if self.configuration.mask:
+            earlier = torch.cat(self.rows)[:, self.side] if self.rows else None
+            side = measure(rows[:, self.side], undone[self.side], earlier=earlier)
+            report["side"] = {"coefficients": list(side.current), "earlier": list(side.earlier)}
+            report["side"] |= {"relative_error": side.relative_error, "norm_ratio": side.norm_ratio}
         report |= {
             "coefficients": list(found.current),
             "earlier": list(found.earlier),
@@ -456,7 +489,7 @@ class Trial:
             "cosine": found.cosine,
             "norm_ratio": found.norm_ratio,
             "residual": found.residual,
-            "global_norm_ratio": norm / want,
+            "global_norm_ratio": None if norm is None else norm / want,
             "safe_norm_ratio": None if safe is None else safe / scale / want,
             "consumed_norm": float(consumed.double().norm()),
             "sha256": sha256([consumed]),
@@ -468,7 +501,7 @@ class Trial:
         """The same, against the gradients as they arrived."""
         measure = importlib.import_module("untouched.measure.coefficients").measure
         found = measure(self.arrived / scale, undone)
-        single = self.configuration.stage == 1
+        single = self.configuration.stage == 1 and not isinstance(self.layout, layouts.Bf16Partitioned)
         return {"coefficients": None if single else list(found.current), "relative_error": found.relative_error}
 
 
@@ -533,6 +566,9 @@ def deepspeed_config(configuration: Configuration) -> dict[str, Any]:
         "round_robin_gradients": configuration.round_robin,
         "contiguous_gradients": True,
     }
+    if configuration.stage == 3:  # small, so that parameters are scattered and lie in several sub-groups
+        zero |= {"stage3_param_persistence_threshold": 8, "sub_group_size": 1500}
+        zero |= {"stage3_prefetch_bucket_size": 0}  # up to 0.15.2 what is prefetched and not used stops it
     if configuration.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     if configuration.overlap is not None:
@@ -555,7 +591,7 @@ def deepspeed_config(configuration: Configuration) -> dict[str, Any]:
         **precision,
     }
     for section, values in configuration.extra.items():
-        config[section] = {**config.get(section, {}), **values}
+        config[section] = {**config.get(section, {}), **values} if isinstance(values, Mapping) else values
     return config
 
 

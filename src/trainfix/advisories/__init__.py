@@ -71,7 +71,6 @@ class Advisory:
     evidence: Mapping[str, Mapping[str, ShapeClass]]
     triggers: tuple[Trigger, ...]
     ways_out: Mapping[str, str | None]
-    hazards: tuple[str, ...]
     references: tuple[tuple[str, str], ...]
     source_patches: tuple[SourcePatch, ...]
     url: str
@@ -138,7 +137,6 @@ def _advisory(record: dict[str, Any]) -> Advisory:
         evidence=MappingProxyType(evidence),
         triggers=tuple(_trigger(**trigger) for trigger in ours["triggers"]),
         ways_out=MappingProxyType(ours["ways_out"]),
-        hazards=tuple(ours["hazards"]),
         references=tuple((reference["type"], reference["url"]) for reference in record["references"]),
         source_patches=tuple(SourcePatch(**patch) for patch in ours["source_patches"]),
         url=ours["url"],

@@ -7,7 +7,6 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from typing import NoReturn
 
 OK, UNREPAIRED, USAGE, UNDECIDED = 0, 1, 2, 3
@@ -37,6 +36,8 @@ class Parser(argparse.ArgumentParser):
 
 def nearest(word: str, valid: Sequence[str], kind: str) -> str:
     """The one message for a word that is not in a list: names the nearest entry and lists them all."""
+    from difflib import get_close_matches
+
     near = get_close_matches(word, valid, 1)
     return f"unknown {kind} {word!r}" + (f": did you mean {near[0]}?" if near else ":") + f" valid: {', '.join(valid)}"
 

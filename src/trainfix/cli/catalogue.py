@@ -27,19 +27,27 @@ def list_all(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace) -> int:
     """Everything that the record says about one advisory, in words."""
     from trainfix.advisories import load
+    from trainfix.advisories.hazards import between
     from trainfix.advisories.reach import condition
 
     one = load(args.id)
+    release = one.ways_out["upgrade"]
+    changed = between(one.package, one.affected[-1], one.last_run) if release else ()
+    hazards = ", ".join(f"{hazard.key} in {hazard.release}" for hazard in changed if hazard.key is not None)
     print(f"{one.id}  {one.summary}\n")
     for paragraph in filter(None, one.details.split("\n")):
-        print(textwrap.fill(paragraph, WIDTH) + "\n")
+        print(textwrap.fill(paragraph, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n")
     rows = [
         ("package", f"{one.package} {_band(one)}; last release run: {one.last_run}"),
         ("severity", f"{one.severity}, evidence: {one.evidence_level}"),
         *(("reached if", condition(trigger)) for trigger in one.triggers),
-        ("repair", f"import trainfix (fix {one.fix})" if one.fix else "none"),
-        ("upgrade", f"to {one.package} {one.ways_out['upgrade']}" if one.ways_out.get("upgrade") else ""),
-        *(("hazard", hazard) for hazard in one.hazards),
+        ("reached if", "" if one.triggers else "every run reaches it"),
+        ("repair", f"import trainfix (fix {one.fix})" if one.fix else "none yet"),
+        ("upgrade", f"to {one.package} {release}" if release else f"no release of {one.package} repairs it yet"),
+        (
+            "hazards",
+            f"an upgrade also changes the defaults of {hazards} (doctor says what this means)" if hazards else "",
+        ),
         ("config", one.ways_out["config"] or ""),
         ("proof", f"trainfix prove {one.id}" if one.proof else "none"),
         *(("patch", f"{one.package}{patch.releases}: trainfix diff {one.id}") for patch in one.source_patches),
@@ -58,6 +66,8 @@ def diff(args: argparse.Namespace) -> int:
     from trainfix.advisories import RecordError, load, patches_folder
 
     one = load(args.id)
+    if not one.source_patches:
+        raise base.UsageError(f"{one.id} has no source patch; `trainfix show {one.id}` has the ways out")
     version = _wanted(one, args.release) if args.release else _installed(one)
     patch = _patch_for(one, version)
     file = patches_folder() / one.id / patch.file
@@ -71,7 +81,10 @@ def diff(args: argparse.Namespace) -> int:
 
 def _band(one: Advisory) -> str:
     """The affected releases: the first known (OSV's 0 means from the beginning) to the last."""
-    return f"up to {one.affected[-1]}" if one.introduced == "0" else f"{one.introduced} to {one.affected[-1]}"
+    last = one.affected[-1]
+    if one.introduced == "0":
+        return f"up to {last}"
+    return last if one.introduced == last else f"{one.introduced} to {last}"
 
 
 def _wanted(one: Advisory, release: str) -> str:
@@ -106,7 +119,7 @@ def _patch_for(one: Advisory, version: str) -> SourcePatch:
     for patch in one.source_patches:
         if SpecifierSet(patch.releases).contains(version, prereleases=True):
             return patch
-    bands = ", ".join(f"{one.package}{patch.releases}" for patch in one.source_patches) or "no release"
+    bands = ", ".join(f"{one.package}{patch.releases}" for patch in one.source_patches)
     raise base.UsageError(f"{one.id} has no source patch for {one.package} {version}: there are patches for {bands}")
 
 

@@ -12,10 +12,12 @@ from typing import Literal
 
 from trainfix import settings
 from trainfix.advisories import Advisory, Verdict, judge, load_all
+from trainfix.advisories.hazards import Hazard, between, in_force
 from trainfix.advisories.reach import Reach, reach_any
 from trainfix.cli import base
+from trainfix.engine.contract import Fix
 from trainfix.engine.decide import decide, load_fix, targets_of
-from trainfix.environment.blockers import Blocker, blockers
+from trainfix.environment.blockers import Blocker, Demand, blockers, demands
 from trainfix.environment.installed import Distribution, find, shapes_of, source_text
 from trainfix.environment.runconfig import RunConfig
 
@@ -24,7 +26,10 @@ OPEN = ("affected", "unknown", "unverified")  # verdicts that leave something to
 
 @dataclass(frozen=True)
 class Finding:
-    """One advisory against this installation and these configs. `ignored` is the user's reason for leaving it out."""
+    """One advisory against this installation and these configs.
+
+    `hazards` is what else changes on the way to the newest release; `ignored` the user's reason for leaving it out.
+    """
 
     advisory: Advisory
     installed: str | None
@@ -33,9 +38,11 @@ class Finding:
     shape: str | None = None
     reachable: Literal["yes", "no", "unknown"] = "no"
     because: tuple[str, ...] = ()
+    by_program: bool = False
     repair: Literal["available", "refused", "none"] = "none"
     repaired_by: str | None = None
     blocked_by: tuple[Blocker, ...] = ()
+    hazards: tuple[Hazard, ...] = ()
     notes: tuple[str, ...] = ()
     ignored: str | None = None
 
@@ -44,11 +51,25 @@ class Finding:
         """Whether the next run will be repaired: a prediction."""
         return self.repaired_by is not None
 
+    @property
+    def grave(self) -> bool:
+        """Whether it is wrong enough, and certain enough, to count without --strict."""
+        return self.advisory.severity in ("gradient", "scale") and self.advisory.evidence_level == "proved"
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts for the exit code without --strict. What only the program can reach does where one line
+        repairs it; where nothing does, every run of such a config would be called doubtful for ever."""
+        return self.grave and not (self.by_program and self.repair == "none")
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is nothing left to do about it."""
+        return self.ignored is not None or self.reachable == "no" or self.repaired or self.verdict not in OPEN
+
     def exit_code(self, *, strict: bool) -> int:
         """What this finding alone means for the exit code."""
-        grave = self.advisory.severity in ("gradient", "scale") and self.advisory.evidence_level == "proved"
-        settled = self.ignored is not None or self.reachable == "no" or self.repaired or self.verdict not in OPEN
-        if settled or not (grave or strict):
+        if self.settled or not (self.counts or strict):
             return base.OK
         if self.verdict == "affected" and (self.reachable == "yes" or strict):
             return base.UNREPAIRED
@@ -57,7 +78,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All that doctor has to say. `remarks` concern the installation as a whole."""
+    """All that doctor has to say. `remarks` concern the installation as a whole; `hazards` are the changed defaults
+    that rule a run now, each with the config that leaves it to the default; `detailed` asks for every finding in full.
+    """
 
     catalogue: str
     python: str
@@ -66,7 +89,9 @@ class Report:
     configs: tuple[str, ...]
     remarks: tuple[str, ...]
     findings: tuple[Finding, ...]
+    hazards: tuple[tuple[Hazard, str], ...]
     strict: bool
+    detailed: bool
 
     @property
     def exit_code(self) -> int:
@@ -98,7 +123,14 @@ def examine(
         configs=tuple(config.source for config in configs),
         remarks=tuple(_remarks(copies, load_all())),
         findings=tuple(replace(examiner.finding(one), ignored=(ignored or {}).get(one.id)) for one in advisories),
+        hazards=tuple(
+            (hazard, config.source)
+            for package, version in examiner.versions.items()
+            for config in configs
+            for hazard in in_force(package, version, config)
+        ),
         strict=strict,
+        detailed=bool(only),
     )
 
 
@@ -113,7 +145,7 @@ class _Examiner:
         self.configs = configs
         self.assume_import = assume_import
         self.shapes: dict[str, str | None] = {}
-        self.blockers: dict[tuple[str, str], tuple[Blocker, ...]] = {}
+        self.demands: dict[str, tuple[Demand, ...]] = {}
 
     def finding(self, advisory: Advisory) -> Finding:
         copy = self.installed.get(advisory.package)
@@ -123,33 +155,38 @@ class _Examiner:
         known = Finding(advisory, copy.version, verdict.verdict, verdict.by, verdict.shape)
         if verdict.verdict not in OPEN:
             return replace(known, because=(f"{copy.name} {copy.version} does not have this error",))
-        return self._open(known, reach_any(advisory, self.configs), self._sourceless(advisory, copy, verdict))
+        reach = reach_any(advisory, self.configs, copy.version)
+        return self._open(known, reach, self._sourceless(advisory, copy, verdict))
 
     def _open(self, known: Finding, reach: Reach, sourceless: str) -> Finding:
         """The finding where the error is or may be: who reaches it, what repairs it, what stands in the way."""
         advisory = known.advisory
-        obstacle = self._obstacle(advisory)
-        available = advisory.fix is not None and not obstacle
+        fix = load_fix(advisory.fix) if advisory.fix is not None else None
+        obstacle = self._obstacle(advisory, fix) if fix is not None else ""
+        available = fix is not None and fix.build is not None and not obstacle
         off = _switched_off(advisory) if available else ""
-        limit = load_fix(advisory.fix).limits if available and advisory.fix else ""
+        limit = fix.limits if fix is not None and available else ""
         return replace(
             known,
             reachable=reach.reachable,
             because=reach.because,
-            repair="available" if available else "refused" if advisory.fix else "none",
+            by_program=reach.by_program,
+            repair="available" if available else "refused" if obstacle else "none",
             repaired_by="assumed import" if available and self.assume_import and not off else None,
-            blocked_by=self._blocked_by(advisory),
+            blocked_by=self._blocked_by(advisory, reach),
+            hazards=self._hazards(advisory, reach),
             notes=tuple(note for note in (sourceless or obstacle, off, limit) if note),
         )
 
-    def _obstacle(self, advisory: Advisory) -> str:
-        """Why the engine, by its own decision on the installed text, would not repair `advisory`; empty if it would."""
-        if advisory.fix is None:
+    def _obstacle(self, advisory: Advisory, fix: Fix) -> str:
+        """Why the engine, by its own decision on the installed text, would not repair `advisory`; empty if it would,
+        or if `fix` is there to warn only."""
+        if fix.build is None:
             return ""
-        fix = load_fix(advisory.fix)
         for key, why in fix.leaves_alone.items():
             for config in self.configs:
-                if config.has(key) and reach_any(advisory, [config]).reachable != "no":
+                release = self.versions[advisory.package]
+                if config.has(key) and reach_any(advisory, [config], release).reachable != "no":
                     return f"{key} is set ({config.source}): {why}"
         others = {package: found[0].version for package in fix.requires if (found := find(package))}
         shapes = self.shapes_of(advisory.package, targets_of(fix, [advisory]))
@@ -170,14 +207,20 @@ class _Examiner:
             f"`pip install --force-reinstall --no-deps {copy.name}=={copy.version}`"
         )
 
-    def _blocked_by(self, advisory: Advisory) -> tuple[Blocker, ...]:
-        """Who forbids the repaired releases. The metadata of all packages is searched once for each upgrade."""
-        if advisory.fixed_in is None:
+    def _blocked_by(self, advisory: Advisory, reach: Reach) -> tuple[Blocker, ...]:
+        """Who forbids the repaired releases. The metadata of all packages is searched once for each package."""
+        package = advisory.package
+        if advisory.fixed_in is None or reach.reachable == "no":
             return ()
-        upgrade = (advisory.package, advisory.fixed_in)
-        if upgrade not in self.blockers:
-            self.blockers[upgrade] = blockers(*upgrade, newest=advisory.last_run)
-        return self.blockers[upgrade]
+        if package not in self.demands:
+            self.demands[package] = demands(package)
+        return blockers(self.demands[package], advisory.fixed_in, newest=advisory.last_run)
+
+    def _hazards(self, advisory: Advisory, reach: Reach) -> tuple[Hazard, ...]:
+        """What else an upgrade would change for these configs, up to the newest release that we know."""
+        if advisory.fixed_in is None or reach.reachable == "no":
+            return ()
+        return between(advisory.package, self.versions[advisory.package], advisory.last_run, self.configs)
 
     def shapes_of(self, package: str, paths: Iterable[str]) -> dict[str, str | None]:
         """path (``module:qualname``) -> shape as installed, None where the source or the function is missing."""

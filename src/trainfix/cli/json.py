@@ -8,8 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from trainfix import __version__
+from trainfix.advisories.reach import condition
 
 if TYPE_CHECKING:
+    from trainfix.advisories.hazards import Hazard
     from trainfix.cli.examine import Finding, Report
 
 SCHEMA = 1
@@ -29,6 +31,7 @@ def doctor_json(report: Report) -> str:
             "exit": report.exit_code,
             "remarks": list(report.remarks),
             "findings": [_finding(finding) for finding in report.findings],
+            "hazards": [_hazard(one, config, report.packages[one.package]) for one, config in report.hazards],
         }
     )
 
@@ -52,10 +55,25 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "summary": advisory.summary,
         "fixed_in": advisory.fixed_in,
         "blocked_by": [asdict(blocker) for blocker in finding.blocked_by],
-        "hazards": list(advisory.hazards),
+        "hazards": [hazard.change for hazard in finding.hazards],
         "url": advisory.url,
         "notes": list(finding.notes),
         "ignored": finding.ignored,
+    }
+
+
+def _hazard(hazard: Hazard, config: str, installed: str) -> dict[str, Any]:
+    return {
+        "package": hazard.package,
+        "key": hazard.key,
+        "value": hazard.after,
+        "before": hazard.before,
+        "since": hazard.release,
+        "config": config,
+        "only_if": [condition(trigger) for trigger in hazard.triggers],
+        "affects": hazard.affects,
+        "summary": hazard.in_force(installed, config),
+        "url": hazard.url,
     }
 
 

@@ -43,7 +43,7 @@ def _rendered(proofs: Sequence[dict[str, Any]], code: int, args: argparse.Namesp
         from trainfix.cli.json import prove_json
 
         return prove_json(proofs, code)
-    from trainfix.cli.text import prove_text
+    from trainfix.cli.proof_text import prove_text
 
     return prove_text(proofs, code, colour=base.colours(args.output))
 

@@ -84,7 +84,8 @@ class Fix:
     @property
     def modules(self) -> frozenset[str]:
         """The modules that must be imported before the fix can be decided upon."""
-        return frozenset(target.module for target in self.targets + self.relies_on)
+        looked_at: tuple[Target | Guard, ...] = self.targets + self.relies_on or self.guards
+        return frozenset(one.module for one in looked_at)
 
 
 _KEPT = "_trainfix_kept"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainfix.advisories import Advisory
+from trainfix.advisories.hazards import between
 from trainfix.engine import replace, report
 from trainfix.engine.contract import Function, Guard
 from trainfix.engine.errors import UnfixedBugError
@@ -52,13 +53,14 @@ def stop(advisory: Advisory, installed: str, reason: str, why_not: str, *, prove
     on this very code, or under TRAINFIX=warn."""
     release = advisory.ways_out["upgrade"]
     upgrade = f"move to {advisory.package} {release} or newer" if release else f"no {advisory.package} repairs it yet"
-    hazards = f" (it also changes: {'; '.join(advisory.hazards)})" if advisory.hazards else ""
+    changes = between(advisory.package, installed, advisory.last_run) if release else ()
+    hazards = "".join(f"\n      it also changes: {one.change}" for one in changes)
     text = (
         f"{advisory.id} is reached and not repaired: {advisory.summary}.\n"
         f"  why it is reached: {reason}\n"
         f"  why it is not repaired: {why_not} ({advisory.package} {installed})\n"
         "Ways out:\n"
-        f"  (1) {upgrade}{hazards if release else ''}\n"
+        f"  (1) {upgrade}{hazards}\n"
         f"  (2) change the configuration: {advisory.ways_out['config']}\n"
         f"  (3) run `trainfix prove {advisory.id}`; if it shows that the error is absent here, "
         f"set TRAINFIX_DISABLE={advisory.id}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from typing import TYPE_CHECKING, Literal
@@ -23,41 +23,59 @@ class Blocker:
     strength: Literal["requires", "extra"]
 
 
-def blockers(package: str, fixed_in: str, *, newest: str, paths: Sequence[str] | None = None) -> tuple[Blocker, ...]:
-    """Every installed package along `paths` (default ``sys.path``) that admits no repaired release of `package`.
+@dataclass(frozen=True)
+class Demand:
+    """What one installed package requires of another."""
 
-    Repaired are the releases from `fixed_in` on; `newest` is the newest one known. trainfix itself is left out: its
-    demo pins the release that it demonstrates.
+    by: str
+    requirement: Requirement
+    strength: Literal["requires", "extra"]
+
+
+def demands(package: str, paths: Sequence[str] | None = None) -> tuple[Demand, ...]:
+    """Every requirement on `package` that applies here, of the installed packages along `paths` (default ``sys.path``).
+
+    trainfix itself is left out: its demo pins the release that it demonstrates.
     """
     asks = re.compile(rf"(?im)^(?:Requires-Dist:)?\s*{re.sub('[-_.]+', '[-_.]+', package)}\b(?![-_.]\w)")
-    found: dict[str, Blocker | None] = {}
+    found: dict[str, tuple[Demand, ...]] = {}
     for distribution in distributions(path=list(sys.path if paths is None else paths)):
         text = distribution.read_text("METADATA") or distribution.read_text("requires.txt") or ""
         if not asks.search(text):
             continue  # the quick look: parsing all the metadata would take most of doctor's time
         name = _normal(distribution.metadata["Name"] or "")
         if name not in found and name != "trainfix":  # the first copy on the path is the one that counts
-            found[name] = _blocker(distribution, package, fixed_in, newest)
-    return tuple(blocker for _, blocker in sorted(found.items()) if blocker is not None)
+            found[name] = tuple(_demands(distribution, package))
+    return tuple(demand for _, those in sorted(found.items()) for demand in those)
+
+
+def blockers(demands: Iterable[Demand], fixed_in: str, *, newest: str) -> tuple[Blocker, ...]:
+    """The packages whose demands admit no repaired release, each once, a plain requirement before one in an extra.
+
+    Repaired are the releases from `fixed_in` on; `newest` is the newest one known.
+    """
+    found: dict[str, Blocker] = {}
+    for demand in demands:
+        if _admits(demand.requirement.specifier, fixed_in, newest):
+            continue
+        written = f"{demand.requirement.name}{demand.requirement.specifier}"
+        if demand.by not in found or (found[demand.by].strength, demand.strength) == ("extra", "requires"):
+            found[demand.by] = Blocker(demand.by, written, demand.strength)
+    return tuple(found.values())
 
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _blocker(distribution: Distribution, package: str, fixed_in: str, newest: str) -> Blocker | None:
+def _demands(distribution: Distribution, package: str) -> Iterator[Demand]:
     by = f"{distribution.metadata['Name']} {distribution.version}"
     extras = distribution.metadata.get_all("Provides-Extra") or []
-    found = []
     for requirement in _requirements(distribution, package):
-        if _admits(requirement.specifier, fixed_in, newest):
-            continue
-        written = f"{requirement.name}{requirement.specifier}"
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            return Blocker(by, written, "requires")
-        if any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
-            found.append(Blocker(by, written, "extra"))
-    return found[0] if found else None
+            yield Demand(by, requirement, "requires")
+        elif any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            yield Demand(by, requirement, "extra")
 
 
 def _admits(specifier: SpecifierSet, fixed_in: str, newest: str) -> bool:

@@ -1,7 +1,8 @@
 """How a run is configured: a DeepSpeed JSON file as flat dotted keys, and what DeepSpeed makes of absent keys.
 
 The defaults, the old names and the meaning of ``nvme`` are those of the released sources: ``runtime/config.py``,
-``runtime/zero/config.py``, ``runtime/zero/offload_config.py``, ``runtime/zero/stage_1_and_2.py`` and
+``runtime/constants.py``, ``runtime/precision_config.py``, ``runtime/zero/config.py``,
+``runtime/zero/offload_config.py``, ``runtime/zero/stage_1_and_2.py``, ``runtime/engine.py`` and
 ``runtime/zenflow/engine.py`` (DeepSpeed 0.14.0 to 0.19.8).
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,68 @@ STAGE = "zero_optimization.stage"
 DEVICE = "zero_optimization.offload_optimizer.device"
 STEPS = "gradient_accumulation_steps"
 ZENFLOW = "zero_optimization.zenflow"
+OVERLAP = "zero_optimization.overlap_comm"
+CONTIGUOUS = "zero_optimization.contiguous_gradients"
+MODEL_TYPE = "data_types.param_dtype"
+ACCUMULATION_TYPE = "data_types.grad_accum_dtype"
+CLIPPING = "gradient_clipping"
+STAIRS = "scheduler.params.cycle_first_stair_count"
+
+# What DeepSpeed takes for an absent key. A key that is not here and has no rule below has no default.
+DEFAULTS: Mapping[str, object] = MappingProxyType(
+    {
+        STAGE: 0,
+        DEVICE: "none",
+        CONTIGUOUS: True,
+        "amp.enabled": False,
+        "bf16.enabled": False,
+        "compile.deepcompile": False,
+        "fp16.auto_cast": False,
+        "fp16.enabled": False,
+        "fp16.loss_scale": 0,
+        "gradient_predivide_factor": 1.0,
+        "managed_gradient_accumulation": True,
+        "optimizer.legacy_fusion": False,
+        "prescale_gradients": False,
+        "sparse_gradients": False,
+        "torch_autocast.enabled": False,
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": True,
+        "zero_optimization.elastic_checkpoint": False,
+        "zero_optimization.ignore_unused_parameters": True,
+        "zero_optimization.offload_optimizer.ratio": 1.0,
+        "zero_optimization.offload_optimizer.super_offload": False,
+        "zero_optimization.offload_param.device": "none",
+        "zero_optimization.reduce_scatter": True,
+        "zero_optimization.round_robin_gradients": False,
+        "zero_optimization.use_multi_rank_bucket_allreduce": True,
+        "zero_optimization.zero_hpz_partition_size": 1,
+        "zero_optimization.zero_quantized_gradients": False,
+        "zero_optimization.zero_quantized_weights": False,
+    }
+)
+# The same where it changed: the default before, then (release, default from there on).
+CHANGED_DEFAULTS: Mapping[str, tuple[object, tuple[str, object]]] = MappingProxyType(
+    {
+        CLIPPING: (0.0, ("0.19.3", 1.0)),
+        "bf16.check_grad_overflow": (False, ("0.19.3", True)),
+        "zero_optimization.offload_optimizer.pin_memory": (False, ("0.19.5", True)),
+        "zero_optimization.offload_param.pin_memory": (False, ("0.19.5", True)),
+    }
+)
+# Sections that DeepSpeed still reads under an old name, where the new one is missing.
+OLD_SECTIONS: Mapping[str, str] = MappingProxyType({"bf16": "bfloat16"})
+# DeepSpeed's names for data types, and the ones that it takes too (`DtypeEnum`).
+_TYPES = {
+    "fp32": ("fp32", "float32", "float", "torch.float32"),
+    "fp16": ("fp16", "float16", "half", "torch.float16"),
+    "bf16": ("bf16", "bfloat16", "torch.bfloat16"),
+}
+# The optimizers that DeepSpeed builds itself, which it knows in either case.
+_OPTIMIZERS = (
+    *("adam", "adamw", "lamb", "adagrad", "lion", "muon"),
+    *("onebitadam", "onebitlamb", "zerooneadam", "muadam", "muadamw", "musgd"),
+)
 
 
 class ConfigError(Exception):
@@ -51,34 +113,59 @@ class RunConfig:
     source: str
     values: Mapping[str, object]
 
-    def value(self, key: str) -> object:
+    def value(self, key: str, release: str | None = None) -> object:
         """What the run uses for `key`: the file's value, DeepSpeed's default, None if it has none, or UNKNOWN."""
-        return self.setting(key).value
+        return self.setting(key, release).value
 
-    def setting(self, key: str) -> Setting:
-        """The value that DeepSpeed uses for `key`, with the reason as one line that names the file."""
+    def setting(self, key: str, release: str | None = None) -> Setting:
+        """The value that DeepSpeed `release` uses for `key`, with the reason as one line that names the file.
+
+        Without a release, a default that depends on it is UNKNOWN.
+        """
         rule = _RULES.get(key)
-        return rule(self) if rule else self._plain(key)
+        if rule is not None:
+            return rule(self, release)
+        if key in CHANGED_DEFAULTS:
+            return _typed(self, self._renamed(key), *_changed(key, release))
+        return _typed(self, self._renamed(key), DEFAULTS.get(key))
 
     def has(self, key: str) -> bool:
         """Whether the file sets `key`, a value or a section, to anything but null."""
         return self.values.get(key) is not None or any(name.startswith(key + ".") for name in self.values)
 
-    def _plain(self, key: str, default: object = None) -> Setting:
+    def sets(self, key: str) -> bool:
+        """Whether the file decides `key`: it sets it, under whichever name, or leaves it to the program by "auto"."""
+        name = self._renamed(key)
+        return self.has(name) or any(self.values.get(one) == "auto" for one in _ancestors(name))
+
+    def _renamed(self, key: str) -> str:
+        """The name under which DeepSpeed would read `key` in this file."""
+        section, _, rest = key.partition(".")
+        old = OLD_SECTIONS.get(section)
+        return f"{old}.{rest}" if old and self.has(old) and not self.has(section) else key
+
+    def _plain(self, key: str, default: object = None, note: str = "") -> Setting:
         for name in _ancestors(key):
             if self.values.get(name) == "auto":
                 return Setting(UNKNOWN, self._says(name, 'the program that starts DeepSpeed replaces "auto"'))
         if key in self.values:
             return Setting(self.values[key], self._says(key))
-        return Setting(default, self._lacks(key, default))
+        return Setting(default, self._lacks(key, default, note))
 
     def _says(self, key: str, note: str = "") -> str:
-        value = self.values[key]
-        shown = value if isinstance(value, str) and value != "auto" else json.dumps(value)
-        return f"{key} = {shown} ({self.source})" + (f": {note}" if note else "")
+        return f"{key} = {shown(self.values[key])} ({self.source})" + (f": {note}" if note else "")
 
-    def _lacks(self, key: str, default: object) -> str:
-        return f"{key} is not set ({self.source})" + ("" if default is None else f": DeepSpeed takes {default}")
+    def _lacks(self, key: str, default: object, note: str = "") -> str:
+        if default is None:
+            return f"{key} is not set ({self.source})"
+        return f"{key} is not set ({self.source}): " + (
+            note if default is UNKNOWN else f"DeepSpeed takes {shown(default)}{note}"
+        )
+
+
+def shown(value: object) -> str:
+    """A value as a JSON file has it, a word without its quotes."""
+    return value if isinstance(value, str) and value != "auto" else json.dumps(value)
 
 
 def _ancestors(key: str) -> Iterator[str]:
@@ -88,11 +175,44 @@ def _ancestors(key: str) -> Iterator[str]:
         key = key.rpartition(".")[0]
 
 
-def _stage(config: RunConfig) -> Setting:
+def _typed(config: RunConfig, key: str, default: object, note: str = "") -> Setting:
+    """The file's value for `key`, UNKNOWN if it is not of the default's kind: DeepSpeed's own readers differ there."""
+    setting = config._plain(key, default, note)
+    if setting.value is UNKNOWN or setting.value is default or not isinstance(default, (bool, int, float)):
+        return setting
+    if isinstance(default, bool):
+        if setting.value in (True, False):
+            return Setting(bool(setting.value), setting.because)
+        return Setting(UNKNOWN, config._says(key, "neither true nor false"))
+    if isinstance(setting.value, (int, float)) and not isinstance(setting.value, bool):
+        return setting
+    return Setting(UNKNOWN, config._says(key, "not a number"))
+
+
+def _changed(key: str, release: str | None) -> tuple[object, str]:
+    """The default that `release` has for `key`, and what to say of it."""
+    before, (since, after) = CHANGED_DEFAULTS[key]
+    newer = _is_since(release, since)
+    if newer is None:
+        return UNKNOWN, f"DeepSpeed takes {shown(before)} before {since}, {shown(after)} from there on"
+    return (after, f" from {since} on") if newer else (before, f" before {since}")
+
+
+def _is_since(release: str | None, since: str) -> bool | None:
+    """Whether `release` is `since` or newer; None where that cannot be told."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return None if release is None else Version(release) >= Version(since)
+    except InvalidVersion:
+        return None
+
+
+def _stage(config: RunConfig, release: str | None = None) -> Setting:
     old = config.values.get("zero_optimization")
     if isinstance(old, bool):
         return Setting(int(old), config._says("zero_optimization", f"the old form of stage {int(old)}"))
-    setting = config._plain(STAGE, default=0)
+    setting = config._plain(STAGE, DEFAULTS[STAGE])
     number = _integer(setting.value)
     if setting.value is UNKNOWN or number in (0, 1, 2, 3):
         return Setting(setting.value if number is None else number, setting.because)
@@ -107,21 +227,122 @@ def _integer(value: object) -> int | None:
         return None
 
 
-def _device(config: RunConfig) -> Setting:
-    if config.values.get("zero_optimization.cpu_offload") is True:
-        note = "the old name of offload_optimizer.device = cpu"
-        return Setting("cpu", config._says("zero_optimization.cpu_offload", note))
-    setting = config._plain(DEVICE, default="none")
-    if setting.value == "nvme" and _stage(config).value != 3:
-        # DeepSpeedZeroOptimizer sets cpu_offload for every device but none; only stage 3 has a swapper.
-        note = "NVMe offload does not exist in stages 1 and 2; DeepSpeed keeps the optimizer in CPU memory, as with cpu"
-        return Setting("cpu", config._says(DEVICE, note))
+def _device(config: RunConfig, release: str | None = None) -> Setting:
+    setting = _offload_device(config, "offload_optimizer", "cpu_offload")
+    stage = _stage(config).value
+    if setting.value != "nvme" or stage == 3:
+        return setting
+    if stage is UNKNOWN:
+        return Setting(UNKNOWN, config._says(DEVICE, "taken as cpu below stage 3, and the stage is not known"))
+    # DeepSpeedZeroOptimizer sets cpu_offload for every device but none; only stage 3 has a swapper.
+    note = "NVMe offload does not exist in stages 1 and 2; DeepSpeed keeps the optimizer in CPU memory, as with cpu"
+    return Setting("cpu", config._says(DEVICE, note))
+
+
+def _parameter_device(config: RunConfig, release: str | None = None) -> Setting:
+    return _offload_device(config, "offload_param", "cpu_offload_param")
+
+
+def _offload_device(config: RunConfig, section: str, old: str) -> Setting:
+    if config.values.get(f"zero_optimization.{old}") is True:
+        return Setting("cpu", config._says(f"zero_optimization.{old}", f"the old name of {section}.device = cpu"))
+    key = f"zero_optimization.{section}.device"
+    setting = config._plain(key, DEFAULTS[key])
     if setting.value in (UNKNOWN, "none", "cpu", "nvme"):
         return setting
-    return Setting(UNKNOWN, config._says(DEVICE, "DeepSpeed knows none, cpu and nvme"))
+    return Setting(UNKNOWN, config._says(key, "DeepSpeed knows none, cpu and nvme"))
 
 
-def _accumulation_steps(config: RunConfig) -> Setting:
+def _overlap(config: RunConfig, release: str | None = None) -> Setting:
+    if config._plain(OVERLAP).value is not None:
+        return _typed(config, OVERLAP, False)
+    stage = _stage(config)
+    if stage.value is UNKNOWN:
+        return stage
+    default = stage.value == 3
+    return Setting(default, config._lacks(OVERLAP, default, " in stage 3" if default else " below stage 3"))
+
+
+def _contiguous(config: RunConfig, release: str | None = None) -> Setting:
+    """Stages 1 and 2 use one buffer for all gradients whenever they offload."""
+    setting = _typed(config, CONTIGUOUS, DEFAULTS[CONTIGUOUS])
+    if setting.value is not False or _stage(config).value == 3:
+        return setting
+    device, stage = _device(config), _stage(config)
+    if UNKNOWN in (device.value, stage.value):
+        return Setting(UNKNOWN, (device if device.value is UNKNOWN else stage).because)
+    if device.value != "none":
+        return Setting(True, config._says(CONTIGUOUS, "taken as true: stages 1 and 2 need it for offloading"))
+    return setting
+
+
+def _zenflow(config: RunConfig, release: str | None = None) -> Setting:
+    setting = config._plain(ZENFLOW)
+    if setting.value is UNKNOWN:
+        return setting
+    if config.has(ZENFLOW):
+        return Setting(True, f"{ZENFLOW} is set ({config.source})")
+    return Setting(False, setting.because)
+
+
+def _type(config: RunConfig, key: str) -> Setting:
+    """A data type under DeepSpeed's own short name; None if the file sets none."""
+    setting = config._plain(key)
+    if setting.value is UNKNOWN or setting.value is None:
+        return setting
+    for name, names in _TYPES.items():
+        if setting.value in names:
+            return Setting(name, setting.because)
+    return Setting(UNKNOWN, config._says(key, f"DeepSpeed knows {', '.join(_TYPES)}"))
+
+
+def _autocast_type(config: RunConfig, release: str | None = None) -> Setting:
+    return _type(config, "torch_autocast.dtype")
+
+
+def _model_type(config: RunConfig, release: str | None = None) -> Setting:
+    """The parameters' type follows fp16.enabled and bf16.enabled; DeepSpeed refuses any other value."""
+    switches = {name: config.setting(f"{name}.enabled") for name in ("fp16", "bf16")}
+    for name, switch in switches.items():
+        if switch.value is True:
+            return Setting(name, switch.because)
+    for switch in switches.values():
+        if switch.value is UNKNOWN:
+            return switch
+    return Setting("fp32", f"neither fp16.enabled nor bf16.enabled is true ({config.source}): DeepSpeed takes fp32")
+
+
+def _accumulation_type(config: RunConfig, release: str | None = None) -> Setting:
+    """Where the file sets none, the model's own type, but for bf16 without ZeRO before 0.17.6."""
+    given, model, stage = _type(config, ACCUMULATION_TYPE), _model_type(config), _stage(config)
+    if given.value is not None:
+        return given
+    newer = _is_since(release, "0.17.6")
+    if model.value != "bf16" or newer or (stage.value is not UNKNOWN and stage.value != 0):
+        return Setting(model.value, f"{given.because}; {model.because}")
+    if newer is None or stage.value is UNKNOWN:
+        old = "DeepSpeed before 0.17.6 takes fp32 without ZeRO, bf16 with it"
+        return Setting(UNKNOWN, f"{given.because}: {old}; {stage.because}")
+    return Setting("fp32", f"{given.because}: DeepSpeed before 0.17.6 takes fp32 for bf16 without ZeRO")
+
+
+def _optimizer(config: RunConfig, release: str | None = None) -> Setting:
+    """The optimizer that DeepSpeed builds; ``torch_adam`` is torch's own, None the one that the program passes."""
+    setting = config._plain("optimizer.type")
+    name = setting.value.lower() if isinstance(setting.value, str) else setting.value
+    if name in ("adam", "adamw") and config.values.get("optimizer.params.torch_adam") is True:
+        return Setting("torch_adam", f"{setting.because}, {config._says('optimizer.params.torch_adam')}")
+    return Setting(name, setting.because) if name in _OPTIMIZERS else setting
+
+
+def _stairs(config: RunConfig, release: str | None = None) -> Setting:
+    """The stairs of OneCycle's first half, or of the second where only that has any."""
+    first, second = STAIRS, STAIRS.replace("first", "second")
+    steps = _typed(config, first, 0)
+    return steps if steps.value or config._plain(second).value is None else _typed(config, second, 0)
+
+
+def _accumulation_steps(config: RunConfig, release: str | None = None) -> Setting:
     """The length of the window, in micro-batches, as DeepSpeed derives it."""
     if config.has(ZENFLOW):
         return _zenflow_interval(config)
@@ -168,8 +389,21 @@ def _derived_steps(config: RunConfig) -> Setting:
     return Setting(UNKNOWN, f"{missing}: DeepSpeed takes {sizes} / number of ranks, which the file does not say")
 
 
-_RULES: Mapping[str, Callable[[RunConfig], Setting]] = MappingProxyType(
-    {STAGE: _stage, DEVICE: _device, STEPS: _accumulation_steps}
+_RULES: Mapping[str, Callable[[RunConfig, str | None], Setting]] = MappingProxyType(
+    {
+        STAGE: _stage,
+        DEVICE: _device,
+        STEPS: _accumulation_steps,
+        OVERLAP: _overlap,
+        CONTIGUOUS: _contiguous,
+        ZENFLOW: _zenflow,
+        MODEL_TYPE: _model_type,
+        ACCUMULATION_TYPE: _accumulation_type,
+        STAIRS: _stairs,
+        "optimizer.type": _optimizer,
+        "torch_autocast.dtype": _autocast_type,
+        "zero_optimization.offload_param.device": _parameter_device,
+    }
 )
 
 
@@ -239,6 +473,8 @@ def _inside(folder: str) -> str:
 
 
 def _beside(path: str) -> str:
+    from difflib import get_close_matches
+
     try:
         names = [file.name for file in Path(path).parent.iterdir()]
     except OSError:

@@ -148,15 +148,15 @@ def shape_in_text(text: str, qualname: str) -> str | None:
     """
     _check_sample()
     *classes, name = qualname.split(".")
-    lines = text.splitlines(keepends=True)
+    lines = _lines(text)
     begin, end, depth = 0, len(lines), -1
     for owner in classes:
-        at = _find(lines, begin, end, depth, re.compile(rf"\s*class {re.escape(owner)}\b"))
+        at = _find(lines, begin, end, depth, f"class {owner}")
         if at is None:
             return None
         depth = _indent(lines[at])
         begin, end = at + 1, _end_of_class(lines, at, end)
-    at = _find(lines, begin, end, depth, re.compile(rf"\s*(async )?def {re.escape(name)}\b"), last=True)
+    at = _find(lines, begin, end, depth, f"def {name}", last=True)
     if at is None:
         return None
     while at > begin and lines[at - 1].lstrip().startswith("@"):
@@ -165,11 +165,17 @@ def shape_in_text(text: str, qualname: str) -> str | None:
     return _digest(block) if block is not None else None
 
 
-def _find(
-    lines: list[str], begin: int, end: int, depth: int, wanted: re.Pattern[str], last: bool = False
-) -> int | None:
-    """Index of the line directly inside `depth` that matches; the last if `last`: a later def replaces an earlier."""
-    hits = [i for i in range(begin, end) if wanted.match(lines[i]) and _indent(lines[i]) > depth]
+@lru_cache(maxsize=4)
+def _lines(text: str) -> list[str]:
+    return text.splitlines(keepends=True)
+
+
+def _find(lines: list[str], begin: int, end: int, depth: int, wanted: str, last: bool = False) -> int | None:
+    """Index of the line directly inside `depth` that defines `wanted`; the last if `last`: a later def replaces an
+    earlier one."""
+    definition = re.compile(rf"\s*(async )?{re.escape(wanted)}\b")
+    near = [i for i in range(begin, end) if wanted in lines[i]]  # the quick look: a file has thousands of lines
+    hits = [i for i in near if definition.match(lines[i]) and _indent(lines[i]) > depth]
     if not hits:
         return None
     shallowest = min(_indent(lines[i]) for i in hits)
@@ -179,7 +185,8 @@ def _find(
 
 def _end_of_class(lines: list[str], at: int, end: int) -> int:
     outside = re.compile(rf" {{0,{_indent(lines[at])}}}[A-Za-z@]")
-    return next((i for i in range(at + 1, end) if outside.match(lines[i])), end)
+    deeper = " " * (_indent(lines[at]) + 1)
+    return next((i for i in range(at + 1, end) if not lines[i].startswith(deeper) and outside.match(lines[i])), end)
 
 
 def unwrap(function: object) -> types.FunctionType | None:

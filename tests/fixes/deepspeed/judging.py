@@ -37,9 +37,11 @@ def assert_window_right(window: Window) -> None:
     assert window["coefficients"] == pytest.approx([1] * len(window["coefficients"]), abs=2e-2)
     assert window["relative_error"] < 1e-2
     assert window["earlier"] == pytest.approx([0] * len(window["earlier"]), abs=2e-2)
-    assert window["global_norm_ratio"] == pytest.approx(1, abs=5e-3)
-    if window["safe_norm_ratio"] is not None:
-        assert window["safe_norm_ratio"] == pytest.approx(window["global_norm_ratio"], rel=1e-5)
+    norm, safe = window["global_norm_ratio"], window["safe_norm_ratio"]
+    if norm is not None:  # in stage 0 with fp32 the engine knows none
+        assert norm == pytest.approx(1, abs=5e-3)
+    if safe is not None:
+        assert safe == pytest.approx(window["norm_ratio"] if norm is None else norm, rel=1e-5)
 
 
 def assert_loses(result: Result, expected: list[int]) -> None:

@@ -14,8 +14,8 @@ HEAD = """\
 # The catalogue
 
 Every silent training error that trainfix knows, from the records in `src/trainfix/advisories/records`. This page is
-written by `python tools/advisories.py`; `trainfix show ID` prints the same. What *evidence* means: *proved*, shown by an
-experiment on the released package; *read*, seen in its source; *reported*, found in an issue or pull request.
+written by `python tools/advisories.py`; `trainfix show ID` prints the same. What *evidence* means: *proved*, shown by
+an experiment on the released package; *read*, seen in its source; *reported*, found in an issue or pull request.
 """
 
 

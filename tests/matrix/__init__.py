@@ -1,8 +1,7 @@
-"""Every release of DeepSpeed, really run: wrong before where it is affected, right after, untouched or identical
-elsewhere.
+"""Every release of DeepSpeed, really run: wrong before where it is affected, right after, identical elsewhere.
 
-`make matrix` runs all of them and keeps the table docs/matrix.json; tests/matrix/test_matrix.py runs one release for
-each distinct combination of the shapes that decide, and both ends of every band.
+`make matrix` runs all of them and keeps the table docs/matrix.json; tests/matrix/test_matrix.py runs, for each fix, one
+release of each distinct combination of the shapes that decide about it, and both ends of every band.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tests.matrix.cases import CASES, WINDOWS, Case
 from tests.support import experiment
 from tests.support.releases import RELEASES, release
 from trainfix import advisories
+from trainfix.advisories import Advisory
 from trainfix.engine.decide import load_fix, targets_of
 from trainfix.environment.installed import find, shapes_of
 
@@ -30,33 +31,11 @@ TABLE = ROOT / "docs" / "matrix.json"
 PACKAGE = "deepspeed"
 Row = dict[str, Any]
 
-# Coefficients of dropped micro-batches are 0; those of bf16 sums stray from 1 by a few thousandths (severity
-# precision).
-_DROPPED = 0.5
+# A gradient that lacks a micro-batch, or has one too many, is far off; what 16 bits round away is not.
+_WRONG, _SIXTEEN_BITS, _ROUNDED = 0.05, 2e-2, 1e-5
 # A repaired window is exact.
 _COEFFICIENT_TOLERANCE, _RELATIVE_TOLERANCE = 1e-3, 1e-6
-
-GRID: tuple[dict[str, Any], ...] = tuple(
-    {"stage": stage, "dtype": dtype, "ga": ga, "driver": driver, "windows": 2}
-    for driver, accumulation in (("every", (1, 2, 3, 8)), ("accelerate", (4,)))
-    for stage in (1, 2)
-    for dtype in ("bf16", "fp32")
-    for ga in accumulation
-)
-
-
-def name(configuration: dict[str, Any]) -> str:
-    """A configuration as one word of the table: ``Z2 bf16 GA8``, or ``Z2 fp32 4 backwards``."""
-    steps = f"GA{configuration['ga']}" if configuration["driver"] == "every" else f"{configuration['ga']} backwards"
-    return f"Z{configuration['stage']} {configuration['dtype']} {steps}"
-
-
-def reaches(advisory_id: str, configuration: dict[str, Any]) -> bool:
-    """Whether the configuration reaches the error on an affected release."""
-    if configuration["stage"] != 2:
-        return False
-    by_hand = configuration["driver"] == "accelerate"
-    return by_hand if advisory_id == "TF-0003" else not by_hand and configuration["ga"] > 2
+_DROPPED = 0.5
 
 
 def doctor(version: str) -> dict[str, str]:
@@ -69,27 +48,35 @@ def doctor(version: str) -> dict[str, str]:
     return {finding["id"]: finding["verdict"] for finding in json.loads(done.stdout)["findings"]}
 
 
-def run(version: str) -> Row:
-    """The row of one release: verdicts, which configurations were wrong before and after, and every complaint."""
-    folder = release(version)
-    before = experiment.run(folder, GRID, trainfix=False)
-    after = experiment.run(folder, GRID, trainfix=True)
+def run(version: str, cases: Sequence[Case] = CASES) -> Row:
+    """The row of one release: verdicts, which cases were wrong before and after, and every complaint."""
+    cases = [case for case in cases if RELEASES.index(case.since) <= RELEASES.index(version)]
     verdicts = doctor(version)
-    rows = list(zip(GRID, before, after, strict=True))
+    pairs = [pair for ranks in (1, 2) for pair in _run(version, [case for case in cases if case.ranks == ranks])]
     return {
         "release": version,
-        "verdicts": verdicts,
-        "states": {record["id"]: record["state"] for record in after[0].get("status", [])},
-        "wrong_before": [name(grid) for grid, result, _ in rows if result["error"] is None and loses(result)],
-        "wrong_after": [name(grid) for grid, _, result in rows if result["error"] is None and loses(result)],
-        "identical": sum(same(old, new) for _, old, new in rows),
-        "configurations": len(GRID),
-        "complaints": [text for grid, old, new in rows for text in complaints(verdicts, grid, old, new)],
+        "affected": sorted(affected(version) & repaired()),
+        "wrong_before": [case.name for case, old, _ in pairs if old["error"] is None and is_wrong(case, old)],
+        "wrong_after": [case.name for case, _, new in pairs if new["error"] is None and is_wrong(case, new)],
+        "identical": sum(same(old, new) for _, old, new in pairs),
+        "configurations": len(cases),
+        "complaints": [text for case, old, new in pairs for text in complaints(verdicts, case, old, new)],
         "date": date.today().isoformat(),
         "torch": _torch_version(),
         "python": platform.python_version(),
         "digest": digest(),
     }
+
+
+def _run(version: str, cases: Sequence[Case]) -> list[tuple[Case, Row, Row]]:
+    """Each case without and with trainfix. All of them have the same number of ranks."""
+    if not cases:
+        return []
+    options: dict[str, Any] = {"ranks": cases[0].ranks, "program": "tests.fixes.deepspeed.scenarios", "timeout": 600}
+    configurations = [{"windows": WINDOWS, **case.configuration} for case in cases]
+    before = experiment.run(release(version), configurations, trainfix=False, **options)
+    after = experiment.run(release(version), configurations, trainfix=True, **options)
+    return list(zip(cases, before, after, strict=True))
 
 
 def _torch_version() -> str:
@@ -98,56 +85,71 @@ def _torch_version() -> str:
     return version("torch")
 
 
-def loses(result: Row) -> bool:
-    """Whether any window of a run dropped a micro-batch or saw one of an earlier window."""
-    return any(
-        any(abs(coefficient - 1) > _DROPPED for coefficient in window["coefficients"])
-        or any(abs(coefficient) > _DROPPED for coefficient in window["earlier"])
-        for window in result["windows"]
-    )
+def is_wrong(case: Case, result: Row) -> bool:
+    """Whether any window of a run shows what the case looks at."""
+    return any(_shows(case.looks_at, window) for window in result["windows"])
+
+
+def _shows(what: str, window: Row) -> bool:
+    if what == "rounding":
+        return bool(window["captured"]["relative_error"] > _ROUNDED)
+    if what == "earlier":
+        return any(abs(coefficient) > _DROPPED for coefficient in window["earlier"])
+    return max(window["relative_error"], window.get("side", window)["relative_error"]) > _WRONG
 
 
 def same(before: Row, after: Row) -> bool:
     """Whether two runs consumed the same bits in every window and ended with the same parameters."""
+    if before["error"] is not None or after["error"] is not None:
+        return False
     bits = [[window["sha256"] for window in result["windows"]] for result in (before, after)]
-    return before["error"] is None and bits[0] == bits[1] and before["parameters"] == after["parameters"]
+    return bits[0] == bits[1] and before["parameters"] == after["parameters"]
 
 
-def complaints(verdicts: dict[str, str], configuration: dict[str, Any], before: Row, after: Row) -> list[str]:
-    """What is not as it must be in one configuration; an empty list if all is well."""
-    label = name(configuration)
-    failed = [f"{label}: {result['error']}" for result in (before, after) if result["error"] is not None]
+def complaints(verdicts: dict[str, str], case: Case, before: Row, after: Row) -> list[str]:
+    """What is not as it must be in one case; an empty list if all is well."""
+    failed = [f"{case.name}: {result['error']}" for result in (before, after) if result["error"] is not None]
     if failed:
         return failed
-    affected = [id for id, verdict in verdicts.items() if verdict == "affected" and reaches(id, configuration)]
+    reached = [id for id in case.reaches if verdicts[id] == "affected"]
     found = []
-    if loses(before) != bool(affected):
-        found.append(f"{label}: {'right' if affected else 'wrong'} without trainfix, doctor says {verdicts}")
-    if not affected and not same(before, after):
-        found.append(f"{label}: not bitwise the same with trainfix")
-    if affected:
-        found += [f"{label}: {text}" for window in after["windows"] for text in _inexact(window)]
+    if is_wrong(case, before) != bool(reached):
+        found.append(f"{'right' if reached else 'wrong'} without trainfix, where doctor says {reached or 'unaffected'}")
+    if not reached and not same(before, after):
+        found.append("not bitwise the same with trainfix")
+    if reached:
+        found += [text for window in after["windows"] for text in _inexact(case, window)]
+    return [f"{case.name}: {text}" for text in found]
+
+
+def _inexact(case: Case, window: Row) -> list[str]:
+    """What is not right in a repaired window."""
+    if not case.exact:
+        return [f"error {window['relative_error']:.2e}"] if window["relative_error"] > _SIXTEEN_BITS else []
+    captured = window["captured"]
+    coefficients = captured["coefficients"] or window["coefficients"]
+    off = [one for one in coefficients if abs(one - 1) > _COEFFICIENT_TOLERANCE]
+    off += [one for one in window["earlier"] if abs(one) > _DROPPED]
+    found = [f"coefficients {coefficients}, earlier {window['earlier']}"] if off else []
+    return found + ([f"relative error {captured['relative_error']:.2e}"] if _strays(captured) else [])
+
+
+def _strays(captured: Row) -> bool:
+    return bool(captured["relative_error"] > _RELATIVE_TOLERANCE)
+
+
+def fixes() -> dict[str, list[Advisory]]:
+    """Every repair of the package, by name, with its advisories."""
+    found: dict[str, list[Advisory]] = {}
+    for advisory in advisories.load_all():
+        if advisory.package == PACKAGE and advisory.fix and load_fix(advisory.fix).build is not None:
+            found.setdefault(advisory.fix, []).append(advisory)
     return found
 
 
-def _inexact(window: Row) -> list[str]:
-    captured = window["captured"]
-    off = [c for c in captured["coefficients"] if abs(c - 1) > _COEFFICIENT_TOLERANCE]
-    off += [c for c in window["earlier"] if abs(c) > _DROPPED]
-    error = captured["relative_error"]
-    found = [f"coefficients {captured['coefficients']}, earlier {window['earlier']}"] if off else []
-    return found + ([f"relative error {error:.2e}"] if error > _RELATIVE_TOLERANCE else [])
-
-
-def shapes(version: str) -> tuple[str | None, ...]:
-    """The shapes that decide about this release, in a fixed order."""
-    catalogue = [advisory for advisory in advisories.load_all() if advisory.package == PACKAGE]
-    copy = find(PACKAGE, [str(release(version))])[0]
-    found: list[str | None] = []
-    for fix in sorted({advisory.fix for advisory in catalogue if advisory.fix}):
-        of_fix = [advisory for advisory in catalogue if advisory.fix == fix]
-        found += shapes_of(copy, targets_of(load_fix(fix), of_fix)).values()
-    return tuple(found)
+def repaired() -> frozenset[str]:
+    """The advisories that something repairs."""
+    return frozenset(advisory.id for of_fix in fixes().values() for advisory in of_fix)
 
 
 def affected(version: str) -> frozenset[str]:
@@ -155,26 +157,37 @@ def affected(version: str) -> frozenset[str]:
     return frozenset(a.id for a in advisories.load_all() if a.package == PACKAGE and version in a.affected)
 
 
-def representatives() -> list[str]:
-    """One release per combination of shapes among the affected ones, and both sides of every end of a band."""
-    chosen: dict[object, str] = {}
+def representatives() -> dict[str, list[Case]]:
+    """Release -> the cases to run on it. For each fix: one release per combination of the shapes that decide about it,
+    among the affected ones, and both sides of every end of a band."""
+    chosen: dict[str, set[str]] = {}
+    for fix, of_fix in fixes().items():
+        ids = {advisory.id for advisory in of_fix}
+        for version in _representatives(fix, of_fix):
+            chosen.setdefault(version, set()).update(ids)
+    wanted = {version: [case for case in CASES if ids & set(case.reaches)] for version, ids in chosen.items()}
+    return {version: wanted[version] for version in RELEASES if version in wanted}
+
+
+def _representatives(fix: str, of_fix: list[Advisory]) -> set[str]:
+    seen: dict[tuple[str | None, ...], str] = {}
+    hit = {version: frozenset(one.id for one in of_fix if version in one.affected) for version in RELEASES}
     for version in RELEASES:
-        if affected(version):
-            chosen.setdefault(shapes(version), version)
-    for older, newer in pairwise(RELEASES):
-        if affected(older) != affected(newer):
-            chosen |= {older: older, newer: newer}
-    ends = {RELEASES[0], RELEASES[-1], *chosen.values()}
-    return [version for version in RELEASES if version in ends]
+        if hit[version]:
+            copy = find(PACKAGE, [str(release(version))])[0]
+            seen.setdefault(tuple(shapes_of(copy, targets_of(load_fix(fix), of_fix)).values()), version)
+    ends = {version for pair in pairwise(RELEASES) if hit[pair[0]] != hit[pair[1]] for version in pair}
+    return {*seen.values(), *ends, *({RELEASES[0], RELEASES[-1]} if hit[RELEASES[0]] or hit[RELEASES[-1]] else ())}
 
 
 def digest() -> str:
     """Of what a row comes from: grid, judgement, repair, experiment. A row with another digest is run again."""
-    catalogue = [(one.id, one.affected, sorted(map(repr, one.evidence.items()))) for one in advisories.load_all()]
+    known = [one for one in advisories.load_all() if one.fix]
+    catalogue = [(one.id, one.affected, sorted(map(repr, one.evidence.items()))) for one in known]
     rooms = [ROOT / "src" / "trainfix" / room for room in ("fixes", "gradcopy", "measure")]
     files = [path for room in rooms for path in sorted(room.rglob("*.py"))]
-    files.append(ROOT / "tests" / "support" / "experiment.py")
-    inputs = [repr((GRID, catalogue)).encode(), *(path.read_bytes() for path in files)]
+    files += [ROOT / "tests" / "support" / name for name in ("experiment.py", "layouts.py")]
+    inputs = [repr((CASES, catalogue)).encode(), *(path.read_bytes() for path in files)]
     return hashlib.sha256(b"".join(inputs)).hexdigest()[:12]
 
 

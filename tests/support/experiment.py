@@ -67,6 +67,7 @@ class Configuration:
     `loss_scale` (fp16 only): 0 is dynamic, starting at 2**initial_scale_power. `mask`: '0110' uses a side branch in the
     second and third micro-batch only; a longer one goes on in the next windows. `side`: 0, or the width of a hidden
     layer in it. `overflow_window`: targets are 10**4 times as large there. `overlap`: None is the release's default.
+    `tied`: two layers share their weight.
     """
 
     stage: int = 2
@@ -88,6 +89,7 @@ class Configuration:
     checkpointing: str = ""
     mask: str = ""
     side: int = 0
+    tied: bool = False
     lr: float = 1e-3
     cpu_adam: bool = False
     engine_steps: int | None = None
@@ -538,8 +540,10 @@ def build_model(configuration: Configuration) -> Any:
 
     torch.manual_seed(7)
     model = Network()
+    if configuration.tied:
+        model.blocks[1][0].weight = model.blocks[0][0].weight
     if configuration.frozen:
-        model.blocks[0][0].weight.requires_grad_(False)
+        (model.first.bias if configuration.tied else model.blocks[0][0].weight).requires_grad_(False)
     return model
 
 

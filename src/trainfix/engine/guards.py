@@ -20,11 +20,12 @@ def wrap(guard: Guard, original: Function, look: Reached) -> Function:
     from wrapt import FunctionWrapper
 
     def guarded(wrapped: Function, instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        called = args if instance is None else (instance, *args)  # inside a decorator it is called as a plain function
         if not guard.on_construction:
-            look(instance, *args, **kwargs)
+            look(*called, **kwargs)
         result = wrapped(*args, **kwargs)
         if guard.on_construction:
-            look(instance)
+            look(called[0])
         return result
 
     return FunctionWrapper(original, guarded)

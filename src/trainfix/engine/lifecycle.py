@@ -262,7 +262,7 @@ def _look(repair: _Repair, guard: Guard, instance: object, *args: Any, **kwargs:
     for id in guard.reached:
         decision = repair.decisions[id]
         covered = decision.state == "applied" and repair.fix.repairs(instance)
-        if id in _disabled or covered or decision.state != "applied":
+        if id in _disabled or covered or decision.state not in ("applied", *_LOUD):
             continue
         advisory = load(id)
         reason = guards.asked(guard, advisory, instance, *args, **kwargs)
@@ -480,7 +480,11 @@ def _no_longer_asked(ids: set[str], staying: Sequence[_Repair]) -> set[str]:
 
 
 def _undo(repair: _Repair) -> None:
-    methods = {entry.slot.name: entry.replacement for entry in repair.journal if isinstance(entry.slot.owner, type)}
+    methods = {
+        entry.replacement.__name__: entry.replacement
+        for entry in repair.journal
+        if isinstance(entry.slot.owner, type) or entry.slot.name == "cell_contents"
+    }
     for instance in repair.fix.in_window():
         keep_until_window_ends(instance, methods)
     replace.take_out(replace.standing(repair.journal))

@@ -1,6 +1,7 @@
 """The modules that fixes look at -> the fixes that look at them. tests/engine keeps this equal to the fixes' own data.
 
-Packages come last: no fix looks at them, but the summary waits until the whole package is imported. A table, so that the finder need not import a single fix to know which imports concern it.
+Packages come last: no fix looks at them, but the summary waits until the whole package is imported.
+A table, so that the finder need not import a single fix to know which imports concern it.
 """
 
 TARGETS = {
@@ -16,6 +17,7 @@ TARGETS = {
         "deepspeed.offload_accumulation",
         "deepspeed.partition_accumulation",
         "deepspeed.accumulator_reduction",
+        "deepspeed.stage1_overlap",
         "deepspeed.known_races",
     ),
     "deepspeed": (),

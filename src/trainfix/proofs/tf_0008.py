@@ -1,4 +1,4 @@
-"""Proof of TF-0008: `backward(scale_wrt_gas=False)` with a loss that the caller has divided, and it is divided again."""
+"""Proof of TF-0008: `backward(scale_wrt_gas=False)` with a loss that the caller has divided is divided again."""
 
 from __future__ import annotations
 

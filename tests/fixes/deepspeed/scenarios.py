@@ -202,6 +202,25 @@ def unused_window(deepspeed: ModuleType, configuration: Configuration, result: R
         result["windows"].append(trial.window())
 
 
+class OneSided(Scripted):
+    """The first rank uses the side branch as the mask says; the others never do."""
+
+    def _loss(self, model: Any, number: int, k: int, rank: int) -> Any:
+        asked = self.configuration
+        if rank:
+            self.configuration = dataclasses.replace(asked, mask="0" * len(asked.mask))
+        try:
+            return super()._loss(model, number, k, rank)
+        finally:
+            self.configuration = asked
+
+
+def used_on_one_rank(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
+    """Plain windows of a model whose side branch only the first rank uses."""
+    trial = OneSided(deepspeed, configuration)
+    result["windows"] += [trial.window() for _ in range(configuration.windows)]
+
+
 def calls(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
     """Count, in one window: buckets with this rank's gradients, calls of `gradcopy.accumulate`, reads of a scalar."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -17,8 +17,8 @@ PLACES = {
 }
 UNSCALED = {
     **{name: {**place, "backward": "unscaled"} for name, place in PLACES.items()},
-    "bf16": {**PLACES["stage 2"], "dtype": "bf16", "backward": "unscaled"},
-    "fp16": {**PLACES["stage 2"], "dtype": "fp16", "backward": "unscaled"},
+    "stage 2, offload, bf16": {**PLACES["stage 2, offload"], "dtype": "bf16", "backward": "unscaled"},
+    "fp16": {**PLACES["stage 1"], "dtype": "fp16", "backward": "unscaled"},
     "3 steps": {**PLACES["stage 2"], "ga": 3, "backward": "unscaled"},
     "8 steps": {**PLACES["stage 1"], "ga": 8, "backward": "unscaled"},
     "boundary by hand": {**PLACES["stage 2"], "driver": "boundary", "backward": "unscaled"},
@@ -37,27 +37,29 @@ DIVIDED_ONCE = {
 }
 ONE_RANK = UNSCALED | IN_TURN | DIVIDED_ONCE
 REVERT = {"revert": {**PLACES["stage 1"], "scenario": "revert", "windows": 5, "backward": "unscaled"}}
+UNTOUCHED = {"untouched": {"scenario": "untouched"}}
 LATE = {"late import": {**PLACES["stage 1"], "scenario": "late_import", "backward": "unscaled"}}
 TWO_RANKS = {name: UNSCALED[name] for name in ("stage 0", "stage 1", "stage 2", "stage 3")}
-WITHOUT_TF_0001 = [name for name in UNSCALED if name != "stage 2, offload"]
+WITH_TF_0001 = [name for name in UNSCALED if name.startswith("stage 2, offload")]
+WITHOUT_TF_0001 = [name for name in UNSCALED if name not in WITH_TF_0001]
 
 
 @pytest.fixture(scope="module")
 def unpatched(runs):
     """DeepSpeed 0.18.3 on one rank."""
-    return runs("0.18.3", ONE_RANK, trainfix=False)
+    return runs("0.18.3", ONE_RANK | LATE, trainfix=False, env={"TRAINFIX": "on"})
 
 
 @pytest.fixture(scope="module")
 def repaired(runs):
     """DeepSpeed 0.18.3 on one rank, `import trainfix` first."""
-    return runs("0.18.3", ONE_RANK | REVERT, trainfix=True)
+    return runs("0.18.3", ONE_RANK | UNTOUCHED | REVERT, trainfix=True)
 
 
 @pytest.fixture(scope="module")
 def next_release(runs):
-    """DeepSpeed 0.18.4 on one rank."""
-    return runs("0.18.4", UNSCALED, trainfix=False)
+    """DeepSpeed 0.18.4 on one rank, `import trainfix` first, which leaves it alone but for TF-0001."""
+    return runs("0.18.4", UNSCALED | UNTOUCHED, trainfix=True)
 
 
 def assert_divided(result, expected):
@@ -71,8 +73,9 @@ def test_0_18_3_divides_by_the_steps_what_the_caller_has_divided(unpatched, name
     assert_divided(unpatched[name], [1 / steps] * steps)
 
 
-def test_0_18_3_divides_what_tf_0001_leaves_of_it_in_zero2_with_offload(unpatched):
-    assert_divided(unpatched["stage 2, offload"], [1 / 4, 0, 0, 1 / 4])
+@pytest.mark.parametrize("name", WITH_TF_0001)
+def test_0_18_3_divides_what_tf_0001_leaves_of_it_in_zero2_with_offload(unpatched, name):
+    assert_divided(unpatched[name], [1 / 4, 0, 0, 1 / 4])
 
 
 @pytest.mark.parametrize("name", UNSCALED)
@@ -105,22 +108,29 @@ def test_two_ranks_on_0_18_3_keep_the_scale_only_with_trainfix(runs, name):
     assert_right(runs("0.18.3", TWO_RANKS, trainfix=True, ranks=2)[name])
 
 
-@pytest.mark.parametrize(("version", "state"), [("0.18.2", "not-affected"), ("0.18.4", "fixed-upstream")])
-def test_the_neighbours_of_0_18_3_are_right_and_left_alone(runs, version, state):
-    table = {name: UNSCALED[name] for name in ("stage 0", "stage 1", "stage 3")} | {
-        "untouched": {"scenario": "untouched"}
-    }
-    results = runs(version, table, trainfix=True)
-    wrapped = results.pop("untouched")["wrapped by trainfix"]
-    assert not {"DeepSpeedEngine.backward", "DeepSpeedEngine._backward_prologue_per_tensor"} & set(wrapped)
-    for result in results.values():
-        assert_right(result)
-        assert states(result)["TF-0008"] == state
+def wrapped(results):
+    targets = {"DeepSpeedEngine.backward", "DeepSpeedEngine._backward_prologue_per_tensor"}
+    return targets & set(results["untouched"]["wrapped by trainfix"])
 
 
-def test_the_same_check_finds_the_repair_on_0_18_3(runs):
-    result = runs("0.18.3", {"untouched": {"scenario": "untouched"}}, trainfix=True)["untouched"]
-    assert "DeepSpeedEngine._backward_prologue_per_tensor" in result["wrapped by trainfix"]
+@pytest.mark.parametrize("name", UNSCALED)
+def test_0_18_4_is_right_and_left_alone(next_release, name):
+    assert_right(next_release[name])
+    assert states(next_release[name])["TF-0008"] == "fixed-upstream"
+    assert not wrapped(next_release)
+
+
+@pytest.mark.parametrize("name", ["stage 0", "stage 1", "stage 3"])
+def test_0_18_2_is_right_and_left_alone(runs, name):
+    table = {name: UNSCALED[name] for name in ("stage 0", "stage 1", "stage 3")} | UNTOUCHED
+    results = runs("0.18.2", table, trainfix=True)
+    assert_right(results[name])
+    assert states(results[name])["TF-0008"] == "not-affected"
+    assert not wrapped(results)
+
+
+def test_the_same_check_finds_the_repair_on_0_18_3(repaired):
+    assert "DeepSpeedEngine._backward_prologue_per_tensor" in wrapped(repaired)
 
 
 def test_revert_in_mid_window_lets_that_window_finish_on_0_18_3(repaired):
@@ -134,8 +144,8 @@ def test_revert_in_mid_window_lets_that_window_finish_on_0_18_3(repaired):
     assert repaired["revert"]["left on the engine"] == []
 
 
-def test_import_in_mid_window_repairs_the_next_window_on_0_18_3(runs):
-    result = runs("0.18.3", LATE, trainfix=False, env={"TRAINFIX": "on"})["late import"]
+def test_import_in_mid_window_repairs_the_next_window_on_0_18_3(unpatched):
+    result = unpatched["late import"]
     assert result["error"] is None
     before, during, after = result["in mid-window"]
     for window in (before, during):

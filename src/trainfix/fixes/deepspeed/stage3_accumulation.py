@@ -16,7 +16,7 @@ Delete this file when the oldest supported DeepSpeed keeps account of what a win
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import wraps
 from itertools import chain
 from typing import Any
@@ -169,14 +169,13 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
     return {_OPTIMIZER + name: wrapper(originals[_OPTIMIZER + name]) for name, wrapper in wrappers.items()}
 
 
-def _late(optimizer: Any, params: Sequence[Any], *rest: Any) -> str | None:
+def _late(optimizer: Any, param: Any) -> str | None:
     """Whether DeepSpeed is about to add a gradient to the sum of an earlier window."""
-    window = _window(optimizer)
-    if window.foreign:
+    window, parameter_id = _window(optimizer), optimizer.get_param_id(param)
+    if window.foreign or parameter_id in window.touched:
         return None
-    new = [parameter_id for parameter_id in map(optimizer.get_param_id, params) if parameter_id not in window.touched]
-    window.touched.update(new)
-    if optimizer.micro_step_id > 0 and any(_buffers(optimizer)[parameter_id].any() for parameter_id in new):
+    window.touched.add(parameter_id)
+    if optimizer.micro_step_id > 0 and _buffers(optimizer)[parameter_id].any():
         return "ZeRO stage 3, a parameter that the window's first micro-batch did not use"
     return None
 
@@ -262,7 +261,7 @@ FIX = Fix(
     ),
     guards=(
         Guard(_OPTIMIZER + "__init__", {"TF-0005": lambda optimizer: None}),  # ranks agree there; gradients show it
-        Guard(_OPTIMIZER + "partition_grads", {"TF-0005": _late}),
+        Guard(_OPTIMIZER + "reduce_independent_p_g_buckets_and_remove_grads", {"TF-0005": _late}),
         Guard(_OPTIMIZER + "_pre_step", {"TF-0005": _left}),
     ),
     build=build,

@@ -275,6 +275,16 @@ def test_a_default_that_changed_needs_the_release(config):
     assert config({CLIPPING: 0.5}).value(CLIPPING, "0.14.0") == 0.5
 
 
+def test_unmanaged_accumulation_is_read_from_0_19_4_on(config):
+    read = config({MANAGED: False})
+    assert [read.value(MANAGED, one) for one in ("0.19.3", "0.19.4", None)] == [True, False, UNKNOWN]
+    assert read.setting(MANAGED, "0.19.3").because == (
+        "managed_gradient_accumulation = false (ds.json): DeepSpeed before 0.19.4 does not read it"
+    )
+    assert config({}).value(MANAGED) is config({MANAGED: True}).value(MANAGED) is True
+    assert [config({MANAGED: "auto"}).value(MANAGED, one) for one in ("0.19.3", "0.19.4")] == [True, UNKNOWN]
+
+
 def test_a_file_decides_a_key_that_it_sets_or_leaves_to_the_program(config):
     read = config({"bfloat16": {"enabled": True}, "gradient_clipping": "auto", "fp16": "auto", "optimizer": None})
     assert [key for key in ("bf16.enabled", CLIPPING, "fp16.hysteresis", "optimizer.type") if read.sets(key)] == [

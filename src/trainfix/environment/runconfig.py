@@ -24,6 +24,7 @@ OVERLAP = "zero_optimization.overlap_comm"
 CONTIGUOUS = "zero_optimization.contiguous_gradients"
 MODEL_TYPE = "data_types.param_dtype"
 ACCUMULATION_TYPE = "data_types.grad_accum_dtype"
+MANAGED = "managed_gradient_accumulation"
 CLIPPING = "gradient_clipping"
 STAIRS = "scheduler.params.cycle_first_stair_count"
 
@@ -40,7 +41,7 @@ DEFAULTS: Mapping[str, object] = MappingProxyType(
         "fp16.enabled": False,
         "fp16.loss_scale": 0,
         "gradient_predivide_factor": 1.0,
-        "managed_gradient_accumulation": True,
+        MANAGED: True,
         "optimizer.legacy_fusion": False,
         "prescale_gradients": False,
         "sparse_gradients": False,
@@ -326,6 +327,14 @@ def _accumulation_type(config: RunConfig, release: str | None = None) -> Setting
     return Setting("fp32", f"{given.because}: DeepSpeed before 0.17.6 takes fp32 for bf16 without ZeRO")
 
 
+def _managed(config: RunConfig, release: str | None = None) -> Setting:
+    """Whether the engine counts the micro-batches of a window itself."""
+    setting, reads = _typed(config, MANAGED, DEFAULTS[MANAGED]), _is_since(release, "0.19.4")
+    if setting.value is True or reads:
+        return setting
+    return Setting(UNKNOWN if reads is None else True, config._says(MANAGED, "DeepSpeed before 0.19.4 does not read it"))
+
+
 def _optimizer(config: RunConfig, release: str | None = None) -> Setting:
     """The optimizer that DeepSpeed builds; ``torch_adam`` is torch's own, None the one that the program passes."""
     setting = config._plain("optimizer.type")
@@ -399,6 +408,7 @@ _RULES: Mapping[str, Callable[[RunConfig, str | None], Setting]] = MappingProxyT
         ZENFLOW: _zenflow,
         MODEL_TYPE: _model_type,
         ACCUMULATION_TYPE: _accumulation_type,
+        MANAGED: _managed,
         STAIRS: _stairs,
         "optimizer.type": _optimizer,
         "torch_autocast.dtype": _autocast_type,

@@ -19,7 +19,7 @@ UNUSED_LAST: tables.Table = {
 }
 LOW_PRECISION: tables.Table = {
     "bf16": {**OVERLAP, "mask": "1110", "dtype": "bf16"},
-    "fp16 with an overflow skip": {**OVERLAP, "mask": "1110", **tables.SKIP},
+    "fp16": {**OVERLAP, "mask": "1110", "dtype": "fp16"},
 }
 ALIKE: tables.Table = {
     "dense": OVERLAP,

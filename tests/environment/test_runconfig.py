@@ -19,6 +19,7 @@ from trainfix.environment.runconfig import (
     CONTIGUOUS,
     DEFAULTS,
     DEVICE,
+    MANAGED,
     MODEL_TYPE,
     OVERLAP,
     STAGE,

@@ -332,7 +332,8 @@ def _managed(config: RunConfig, release: str | None = None) -> Setting:
     setting, reads = _typed(config, MANAGED, DEFAULTS[MANAGED]), _is_since(release, "0.19.4")
     if setting.value is True or reads:
         return setting
-    return Setting(UNKNOWN if reads is None else True, config._says(MANAGED, "DeepSpeed before 0.19.4 does not read it"))
+    because = config._says(MANAGED, "DeepSpeed before 0.19.4 does not read it")
+    return Setting(UNKNOWN if reads is None else True, because)
 
 
 def _optimizer(config: RunConfig, release: str | None = None) -> Setting:

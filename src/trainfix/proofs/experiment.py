@@ -159,8 +159,9 @@ def _windows(deepspeed: ModuleType, experiment: Experiment, drive: Drive) -> Ite
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_config(experiment))
     rank, earlier = torch.distributed.get_rank(), list[torch.Tensor]()
     for window in range(WINDOWS):
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):  # of stage 3; else they are whole anyway
-            weights[:] = [parameter.detach().clone() for parameter in model.parameters()]
+        for place, parameter in enumerate(model.parameters()):
+            with deepspeed.zero.GatheredParameters(parameter):  # of stage 3, one at a time; else it is whole anyway
+                weights[place] = parameter.detach().clone()
         with torch.no_grad():
             for own, weight in zip(reference.parameters(), weights, strict=True):
                 own.copy_(weight)

@@ -1,8 +1,8 @@
 """The source patches apply to every affected release, are recognised there, and make the consumed gradients right.
 
 One entry of `TRIALS` per advisory says how its patches are run. A page's table of numbers has one row per run: cells
-that name it, then one column per measure and state ("norm ratio, released", "norm ratio, patched"), one value per
-window (coefficients: those of every window). Both states are measured again here.
+that name it, then columns, of which those of a measure and a state ("norm ratio, released", "norm ratio, patched") are
+measured again here: one value per window, or coefficients, the same in every window (a dot: not used there).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Trial:
     `right` is what a patched release must get right, beside the rows of its page; `ranks` is for all runs.
     `sum_error` is the largest error allowed against the sum of the gradients as they arrived on the owning rank.
     `contains` are advisories that the patches repair as well, in the releases that have them.
-    `healthy` are releases to which no file applies. `numbers` are the page's rows: release -> row -> configuration.
+    `healthy` are releases to which no file applies. `numbers` are the page's rows: release -> row -> configuration;
+    `part`: what of a window they are about, such as the side branch.
     """
 
     right: Table
@@ -49,6 +50,7 @@ class Trial:
     contains: tuple[str, ...] = ()
     healthy: tuple[str, ...] = ()
     numbers: dict[str, Table] = field(default_factory=dict)
+    part: str = ""
 
 
 def each(configuration: dict[str, Any], key: str, *values: Any) -> Table:
@@ -56,6 +58,7 @@ def each(configuration: dict[str, Any], key: str, *values: Any) -> Table:
 
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+REDUCED_IN_FP32 = {**FP32_SUMS, "communication_data_type": "fp32"}
 BY_HAND = {"driver": "accelerate"}
 BARE = {"driver": "bare"}
 DEVICE = {"offload": False}
@@ -68,17 +71,11 @@ UNAVERAGED: Table = {
     "bf16, fp32 sums, offload": {**ZERO_1_SUMS, "dtype": "bf16"},
     "fp16, fp32 sums": {**ZERO_1_SUMS, "dtype": "fp16", "offload": False},
 }
-DENSE: Table = {
-    **each({}, "ga", 1, 2, 3, 8),
-    **{f"bf16, {steps}": {**BF16, "ga": steps} for steps in (1, 3, 8)},
-    "set by hand": BY_HAND,
-    "stage 1": {"stage": 1},
-    "clipping, small buckets, overlap": {"clip": 0.1, "bucket": 500, "overlap": True},
-}
+DENSE: Table = {"one step": {"ga": 1}, **{f"bf16, {steps}": {**BF16, "ga": steps} for steps in (3, 8)}}
 
 TRIALS: dict[str, Trial] = {
     "TF-0001": Trial(
-        right={name: DENSE[name] for name in ("1", "bf16, 3", "bf16, 8")},
+        right=DENSE,
         healthy=("0.15.1", "0.19.0", "0.19.8"),
         numbers={"0.18.9": each({}, "ga", 2, 3, 8)},
     ),
@@ -96,6 +93,9 @@ TRIALS: dict[str, Trial] = {
     "TF-0004": Trial(
         right={
             **DENSE,
+            "set by hand": BY_HAND,
+            "stage 1": {"stage": 1},
+            "0110, clipping, small buckets, overlap": {"mask": "0110", "clip": 0.1, "bucket": 500, "overlap": True},
             "0110, set by hand": {**BY_HAND, "mask": "0110"},
             "1110, fp16 with a skip": {"mask": "1110", "dtype": "fp16", "loss_scale": 0, "overflow_window": 1},
             "unused, one micro-batch": {**UNUSED, "ga": 1, "mask": "1"},
@@ -115,6 +115,17 @@ TRIALS: dict[str, Trial] = {
             for mask in ("0111", "1110", "0110", "111100001111", "1111")
             for offload in (True, False)
         },
+        numbers={
+            "0.19.8": {
+                "0111, yes, no": {**STAGE_3, "mask": "0111"},
+                **{
+                    f"{mask}, {name}": {**STAGE_3, "mask": mask, "offload": offload}
+                    for mask in ("0110", "1110")
+                    for name, offload in (("yes", True), ("no", False))
+                },
+            }
+        },
+        part="side",
     ),
     "TF-0006": Trial(
         right=each(UNAVERAGED["bf16, fp32 sums, offload"], "overlap", True, False),
@@ -129,9 +140,10 @@ TRIALS: dict[str, Trial] = {
         },
     ),
     "TF-0007": Trial(
-        right=each({**ZERO_1_SUMS, **DEVICE, **BF16}, "ga", 1, 3, 8),
+        right=each({**ZERO_1_SUMS, **DEVICE, **BF16}, "ga", 1, 4),
         ranks=2,
         healthy=("0.19.0",),
+        numbers={"0.18.9": each({**DEVICE, **BF16, "stage": 1, "extra": REDUCED_IN_FP32}, "ga", 1, 2, 3, 8)},
     ),
     "TF-0008": Trial(
         right={
@@ -140,6 +152,7 @@ TRIALS: dict[str, Trial] = {
             for backward in ("unscaled", "engine")
         },
         healthy=("0.18.2", "0.18.4"),
+        numbers={"0.18.3": each({**DEVICE, "stage": 1, "backward": "unscaled"}, "ga", 2, 3, 8)},
     ),
     "TF-0009": Trial(
         right={
@@ -183,7 +196,7 @@ TRIALS: dict[str, Trial] = {
 MEASURES: dict[str, tuple[Callable[[Window], list[float]], dict[str, Any]]] = {
     "coefficients": (lambda window: window["coefficients"], {"abs": 1e-3}),
     "norm ratio": (lambda window: [window["norm_ratio"]], {"abs": 1e-3}),
-    "relative error": (lambda window: [window["relative_error"]], {"rel": 0.05, "abs": 1e-6}),
+    "relative error": (lambda window: [window["relative_error"]], {"rel": 0.05, "abs": 1e-3}),
     "error of the sum": (lambda window: [window["captured"]["relative_error"]], {"rel": 0.2, "abs": 1e-6}),
 }
 
@@ -371,29 +384,36 @@ def rows(page: Path) -> dict[str, dict[str, str]]:
     header: list[str] = []
     for line in page.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
-        if any(cell.endswith((", released", ", patched")) for cell in cells):
+        if any(is_number(cell) for cell in cells):
             header = cells
         elif len(cells) != len(header):
             header = []
         elif header and not set(line) <= set("|-"):
+            names = next(i for i, column in enumerate(header) if is_number(column))
             row = dict(zip(header, cells, strict=True))
-            columns = {name: cell for name, cell in row.items() if name.partition(", ")[0] in MEASURES}
-            found[", ".join(cell for name, cell in row.items() if name not in columns)] = columns
+            found[", ".join(cells[:names])] = {column: cell for column, cell in row.items() if is_number(column)}
     return found
+
+
+def is_number(column: str) -> bool:
+    measure, _, state = column.partition(", ")
+    return measure in MEASURES and state in ("released", "patched")
 
 
 def compare(advisory: Advisory, version: str, state: str, found: dict[str, list[Window]]) -> None:
     """What was found on one release, with what the page says of it."""
-    said = rows(patches_folder() / advisory.id / "README.md")
-    for name in TRIALS[advisory.id].numbers.get(version, {}):
-        columns = {column: cell for column, cell in said[name].items() if column.endswith(f", {state}")}
+    trial, said = TRIALS[advisory.id], rows(patches_folder() / advisory.id / "README.md")
+    for name in trial.numbers.get(version, {}):
+        columns = {column: cell for column, cell in said[name].items() if column.endswith(state)}
         assert columns
         for column, cell in columns.items():
             measure, closeness = MEASURES[column.partition(", ")[0]]
-            numbers = [[float(number) for number in numbers.split(",")] for numbers in cell.split()]
+            numbers = [numbers.split(",") for numbers in cell.split()]
             numbers *= len(found[name]) if len(numbers) == 1 else 1
             for window, expected in zip(found[name], numbers, strict=True):
-                assert measure(window) == pytest.approx(expected, **closeness), (name, column)
+                measured = measure(window[trial.part] if trial.part else window)
+                pairs = [(a, float(b)) for a, b in zip(measured, expected, strict=True) if b != "."]
+                assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], **closeness), (name, column)
 
 
 @every_advisory

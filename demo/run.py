@@ -15,7 +15,7 @@ from pathlib import Path
 
 from picture import draw
 
-from trainfix.cli.text import prove_text
+from trainfix.cli.proof_text import prove_text
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 REPORT, PICTURE = Path("demo/output/TF-0001.json"), Path("demo/output/TF-0001.png")

@@ -56,6 +56,9 @@ def stop(advisory: Advisory, installed: str, reason: str, why_not: str, *, prove
     upgrade = f"move to {advisory.package} {release} or newer" if release else f"no {advisory.package} repairs it yet"
     changes = between(advisory.package, installed, advisory.last_run) if release else ()
     hazards = "".join(f"\n      it also changes: {one.change}" for one in changes)
+    absent = f"run `trainfix prove {advisory.id}`; if it shows that the error is absent here"
+    if advisory.proof is None:
+        absent = "if you have seen that your run is right"
     text = (
         f"{advisory.id} is reached and not repaired: {advisory.summary}.\n"
         f"  why it is reached: {reason}\n"
@@ -63,8 +66,7 @@ def stop(advisory: Advisory, installed: str, reason: str, why_not: str, *, prove
         "Ways out:\n"
         f"  (1) {upgrade}{hazards}\n"
         f"  (2) change the configuration: {advisory.ways_out['config']}\n"
-        f"  (3) run `trainfix prove {advisory.id}`; if it shows that the error is absent here, "
-        f"set TRAINFIX_DISABLE={advisory.id}"
+        f"  (3) {absent}, set TRAINFIX_DISABLE={advisory.id}"
     )
     harmful = advisory.severity in ("gradient", "scale") and advisory.evidence_level == "proved" and proved
     if harmful and mode != "warn":

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 
 # Adding bf16 to float32 in one call makes a float32 copy of the whole operand, in fresh pages each time. Chunks that
-# stay in
-# the cache take a fraction of the time: benchmarks/host_accumulate.py.
+# stay in the cache take a fraction of the time: benchmarks/host_accumulate.py.
 CHUNK_ELEMENTS = 1 << 18
 
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def _asking_for(ids: Sequence[str]) -> Iterator[None]:
 
 
 def _play(deepspeed: ModuleType, scenario: str, rest: dict[str, Any], result: Result) -> None:
-    asked = {key: rest.pop(key) for key in ("call", "optimizer_states") if key in rest}
+    asked = {key: rest.pop(key) for key in ("call", "optimizer_states", "shared_out") if key in rest}
     function: Callable[..., None] = globals()[scenario]
     function(deepspeed, Configuration(**rest), result, **asked)
 
@@ -219,6 +220,44 @@ def used_on_one_rank(deepspeed: ModuleType, configuration: Configuration, result
     """Plain windows of a model whose side branch only the first rank uses."""
     trial = OneSided(deepspeed, configuration)
     result["windows"] += [trial.window() for _ in range(configuration.windows)]
+
+
+@contextlib.contextmanager
+def _warnings(result: Result) -> Iterator[None]:
+    """Writes what trainfix warns of into ``result["warned"]``."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("trainfix").addHandler(handler)
+    yield
+    logging.getLogger("trainfix").removeHandler(handler)
+    result["warned"] = [text for text in said if "is reached and not repaired" in text]
+
+
+def on_streams(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
+    """The engine is built twice on what calls itself a device with streams, as a GPU would; then it is CPU again."""
+    accelerator = type(deepspeed.get_accelerator())
+    own = accelerator.resolves_data_dependency
+    with _warnings(result):
+        accelerator.resolves_data_dependency = lambda self: False
+        trials = [Scripted(deepspeed, configuration) for _ in range(2)]
+        accelerator.resolves_data_dependency = own
+        result["windows"] += [trials[1].window() for _ in range(configuration.windows)]
+
+
+def experts(deepspeed: ModuleType, configuration: Configuration, result: Result, *, shared_out: bool) -> None:
+    """Builds an engine around a Mixture-of-Experts layer, whose two experts are shared out over the ranks, or not."""
+    import torch
+
+    moe = importlib.import_module("deepspeed.moe.layer")
+    split = importlib.import_module("deepspeed.moe.utils").split_params_into_different_moe_groups_for_optimizer
+    size = deepspeed.comm.get_world_size() if shared_out else 1
+    expert = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    layer = moe.MoE(hidden_size=8, expert=expert, num_experts=2, ep_size=size, use_rts=False)
+    groups = split({"params": list(layer.parameters()), "name": "all"})
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    with _warnings(result):
+        deepspeed.initialize(model=layer, optimizer=optimizer, config=experiment.deepspeed_config(configuration))
 
 
 def calls(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:

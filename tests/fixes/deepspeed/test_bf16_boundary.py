@@ -14,6 +14,8 @@ from tests.fixes.deepspeed.judging import assert_right, assert_same_bits, assert
 from tests.support import experiment
 from tests.support.releases import release
 
+pytestmark = pytest.mark.slow
+
 TYPES = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 BASE = {"stage": 1, "offload": False, "dtype": "bf16", "extra": TYPES}
 LOSING = {

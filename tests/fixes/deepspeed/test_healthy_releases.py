@@ -8,6 +8,8 @@ from tests.fixes.deepspeed import tables
 from tests.fixes.deepspeed.judging import states
 from trainfix.settings import ADVISORY_IDS
 
+pytestmark = pytest.mark.slow
+
 RELEASES = ["0.18.9", "0.19.8"]
 NONE = {"TRAINFIX_DISABLE": ",".join(ADVISORY_IDS)}
 UNTOUCHED = {"untouched": {"scenario": "untouched"}}

@@ -7,6 +7,8 @@ import pytest
 from tests.fixes.deepspeed import tables
 from tests.fixes.deepspeed.judging import assert_right, assert_same_bits, states, windows
 
+pytestmark = pytest.mark.slow
+
 RELEASES = ["0.15.1", "0.18.9", "0.19.8"]
 NARROW: tables.Table = {
     "bf16, two micro-batches": {"dtype": "bf16", "ga": 2},

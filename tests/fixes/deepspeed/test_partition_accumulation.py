@@ -17,6 +17,8 @@ from tests.fixes.deepspeed.judging import (
     windows,
 )
 
+pytestmark = pytest.mark.slow
+
 Table = dict[str, dict[str, Any]]
 
 SMALL: dict[str, Any] = {"bucket": 500}  # elements; one of the model's parameters has 1369, more than such a bucket

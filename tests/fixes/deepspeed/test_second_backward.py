@@ -7,6 +7,8 @@ import pytest
 from tests.fixes.deepspeed import tables
 from tests.fixes.deepspeed.judging import assert_right, assert_same_bits, states, windows
 
+pytestmark = pytest.mark.slow
+
 RELEASES = ["0.19.0", "0.19.8"]
 SEVERAL: tables.Table = {
     "stage 1": {"stage": 1, "driver": "bare"},

@@ -9,6 +9,8 @@ import pytest
 from tests.fixes.deepspeed import tables
 from tests.fixes.deepspeed.judging import assert_right, assert_same_bits, states, windows
 
+pytestmark = pytest.mark.slow
+
 OVERLAP: dict[str, Any] = {"stage": 1, "overlap": True}
 UNUSED_LAST: tables.Table = {
     "1110": {**OVERLAP, "mask": "1110"},

@@ -10,6 +10,8 @@ from tests.fixes.deepspeed.judging import assert_right, assert_same_bits, assert
 from tests.support import experiment
 from tests.support.releases import release
 
+pytestmark = pytest.mark.slow
+
 PLACES = {
     "stage 0": {"stage": 0, "offload": False},
     **{f"stage {stage}": {"stage": stage, "offload": False} for stage in (1, 2, 3)},

@@ -40,10 +40,10 @@ def _experts_are_scaled(optimizer: Any) -> str | None:
     if not (optimizer.has_moe_layers and optimizer.contiguous_gradients and optimizer.reduce_scatter):
         return None
     whole = get_world_size(group=optimizer.dp_process_group)
-    sizes = {get_world_size(group=group) for group in optimizer.expert_dp_process_group.values()}
+    sizes = {get_world_size(group=group) for group in optimizer.real_dp_process_group}
     if min(sizes) >= whole:
         return None
-    return f"experts with data-parallel groups of {', '.join(map(str, sorted(sizes)))} ranks, of {whole} ranks in all"
+    return f"experts whose data-parallel group has {min(sizes)} of {whole} ranks"
 
 
 def _waits_for_the_default_stream(optimizer: Any) -> str | None:

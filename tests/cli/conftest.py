@@ -79,6 +79,11 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         (folder / f"{advisory_id}.json").write_text(json.dumps(record))
         advisories.load_all.cache_clear()
 
+    def keep(advisory_id: str) -> None:
+        shutil.copy(real / f"{advisory_id}.json", folder)
+        advisories.load_all.cache_clear()
+
+    add.keep = keep  # a record as it is
     yield add
     advisories.load_all.cache_clear()
 

@@ -263,6 +263,17 @@ def test_without_a_config_only_what_is_grave_and_repaired_is_told_in_full(trainf
     assert trainfix("doctor", "--config", write()).out.count("installed:") == 1
 
 
+def test_a_loss_of_precision_is_repaired_by_name_only_and_no_import_says_so(trainfix, write, catalogue):
+    catalogue.keep("TF-0009")
+    config = write({**OFFLOADED, "bf16": {"enabled": True}})
+    answer = trainfix("doctor", "--config", config, "--only", "TF-0009", "--assume-import")
+    assert answer.code == 0
+    assert 'repair: call `trainfix.apply("TF-0009")` in the training script' in " ".join(answer.out.split())
+    found = trainfix("doctor", "--config", config, "--assume-import", "--format", "json").finding("TF-0009")
+    assert (found["reachable"], found["repair"], found["repaired"]) == ("yes", "available", False)
+    assert trainfix("doctor", "--config", write(), "--only", "TF-0009", "--strict").code == 0  # fp32
+
+
 def test_what_only_the_program_can_reach_counts_where_it_can_be_repaired(trainfix, write, catalogue):
     """Else every run of such a config would be called doubtful for ever; --strict asks for just that."""
     one_step = {**OFFLOADED, "gradient_accumulation_steps": 1}

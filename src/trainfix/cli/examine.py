@@ -172,7 +172,10 @@ class _Examiner:
             because=reach.because,
             by_program=reach.by_program,
             repair="available" if available else "refused" if obstacle else "none",
-            repaired_by="assumed import" if available and self.assume_import and not off else None,
+            # A loss of precision is repaired only by name, which no import says.
+            repaired_by="assumed import"
+            if available and self.assume_import and not off and advisory.severity != "precision"
+            else None,
             blocked_by=self._blocked_by(advisory, reach),
             hazards=self._hazards(advisory, reach),
             notes=tuple(note for note in (sourceless or obstacle, off, limit) if note),

@@ -120,6 +120,9 @@ def _ways_out(finding: Finding) -> Iterator[str]:
         yield from wrapped("evidence", known[advisory.evidence_level])
     if finding.repaired_by is not None:
         yield from wrapped("repaired", f"yes, by {finding.repaired_by}")
+    elif finding.repair == "available" and advisory.severity == "precision":
+        call = f'call `trainfix.apply("{advisory.id}")` in the training script'
+        yield from wrapped("repair", f"{call}: a loss of precision is repaired by name only")
     elif finding.repair == "available":
         yield from wrapped("repair", "add `import trainfix  # noqa: F401` to the training script, anywhere in it")
     elif finding.repair == "refused":

@@ -156,8 +156,6 @@ def judge(advisory: Advisory, version: str, shapes: Mapping[str, str | None]) ->
     The shape decides; the version only narrows. `shapes` maps target -> shape, ``absent`` if the function is missing,
     None where its source is. Without evidence functions (the error is not in Python code) the version alone decides.
     """
-    if not advisory.evidence:
-        return Verdict(_by_range(advisory, version), "version", None)
     for target, known in advisory.evidence.items():
         shape = shapes.get(target)
         kind = known.get(shape) if shape is not None else None
@@ -175,25 +173,11 @@ _VERDICT_OF: Mapping[ShapeClass, VerdictName] = {
 }
 
 
-def _by_range(advisory: Advisory, version: str) -> VerdictName:
-    """The verdict where there is no code to look at: affected releases are the listed ones, and those built of them."""
-    from packaging.version import InvalidVersion, Version
-
-    try:
-        installed = Version(version)
-    except InvalidVersion:
-        return "unknown"
-    if installed > Version(advisory.last_run):
-        return "unverified"
-    if installed < Version(advisory.introduced):
-        return "not-affected"
-    if advisory.fixed_in is not None and installed >= Version(advisory.fixed_in):
-        return "fixed-upstream"
-    return "affected"
-
-
 def _by_version(advisory: Advisory, version: str) -> VerdictName:
-    """The verdict on an unknown shape: unverified on a newer release than we ran, not affected before the range."""
+    """The verdict where no shape is known: unverified on a newer release than we ran, not affected before the range.
+
+    In the range an unknown body is unknown; where there is no Python code to look at, the range itself decides.
+    """
     from packaging.version import InvalidVersion, Version
 
     try:
@@ -204,7 +188,10 @@ def _by_version(advisory: Advisory, version: str) -> VerdictName:
         return "unverified"
     if installed < Version(advisory.introduced):
         return "not-affected"
-    return "unknown"
+    if advisory.evidence:
+        return "unknown"
+    fixed = advisory.fixed_in is not None and installed >= Version(advisory.fixed_in)
+    return "fixed-upstream" if fixed else "affected"
 
 
 def patches_folder() -> Path:

@@ -89,6 +89,8 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
     def forget_earlier_window(optimizer: Any, parameter_id: int) -> None:
         """Before the parameter's first gradient of this window: from the second micro-batch on DeepSpeed adds it to a
         buffer that nobody has emptied since the buffer was last used."""
+        if not optimizer.partition_gradients and optimizer.gradient_accumulation_steps > 1:
+            return  # stage 1 sums on the device: where it has such a buffer it never writes to it
         held = optimizer.accumulated_grads_in_cpu.get(parameter_id)
         if held is not None and optimizer.micro_step_id > 0:
             held.zero_()

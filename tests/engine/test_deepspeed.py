@@ -24,9 +24,7 @@ pytestmark = pytest.mark.slow
 IDS = ("TF-0001", "TF-0003")
 APPLIED = dict.fromkeys(IDS, "applied")
 EVERY_ID = ",".join(ADVISORY_IDS)
-REFUSED = (
-    "TF-0001, TF-0003, TF-0004 refused (deepspeed 0.18.9): DeepSpeedZeroOptimizer.reset_cpu_buffers has an unknown"
-)
+REFUSED = r"TF-0001, TF-0003.* refused \(deepspeed 0\.18\.9\): .*reset_cpu_buffers has an unknown body"
 WHOLE, LOST = [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 1.0]
 STAGE_2 = Path("deepspeed", "runtime", "zero", "stage_1_and_2.py")
 
@@ -147,7 +145,7 @@ def test_an_unknown_evidence_function_is_refused_and_warned_and_not_patched(resu
     assert found["states"]["TF-0001"] == "refused"
     assert "async_accumulate_grad_in_cpu_via_gpu has an unknown body (shape " in found["reasons"]["TF-0001"]
     assert found["coefficients"] == LOST
-    assert "trainfix 0.1.0: TF-0001 refused (deepspeed 0.18.9)" in found["said"]
+    assert re.search(r"trainfix 0\.1\.0: TF-0001.* refused \(deepspeed 0\.18\.9\)", found["said"])
     assert found["said"].count("TF-0001 is reached and not repaired") == 1  # not proved on this code: no stop
 
 
@@ -164,7 +162,7 @@ def test_an_unknown_target_is_never_patched(results: Results) -> None:
             assert found["states"] == dict.fromkeys(IDS, "refused")
             assert found["touched"] == ["__init__"]
             assert "DeepSpeedZeroOptimizer.reset_cpu_buffers has an unknown body" in found["reasons"]["TF-0001"]
-        assert REFUSED in found["said"]
+        assert re.search(REFUSED, found["said"])
 
 
 def test_a_run_that_reaches_what_was_refused_stops_with_three_ways_out(results: Results) -> None:

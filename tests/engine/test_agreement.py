@@ -118,7 +118,7 @@ def _run(folders: dict[str, Path]) -> dict[str, list[dict[str, Any]]]:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -76,7 +76,7 @@ def _run(folder: Path) -> dict[str, Any]:
         | {"TMPDIR": str(folder)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr

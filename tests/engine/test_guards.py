@@ -17,7 +17,7 @@ SI-0001 is reached and not repaired: windows lose their middle.
 Ways out:
   (1) move to standin 3.0 or newer
   (2) change the configuration: set steps to 1 or 2
-  (3) run `trainfix prove SI-0001`; if it shows that the error is absent here, set TRAINFIX_DISABLE=SI-0001
+  (3) if you have seen that your run is right, set TRAINFIX_DISABLE=SI-0001
 TRAINFIX=warn turns this stop into a warning."""
 
 

@@ -45,11 +45,13 @@ def check(version: str, configurations: list[dict[str, Any]], ranks: int) -> Non
     """Right with trainfix in every window. `prove` and the matrix show what these releases do without it."""
     found = experiment.run(release(version), configurations, trainfix=True, ranks=ranks, timeout=600)
     for asked, result in zip(configurations, found, strict=True):
+        allowed = ROUNDING[asked.get("dtype", "fp32")]
         for number, window in enumerate(windows(result)):
             label = f"deepspeed {version}, {ranks} rank(s), window {number}: {asked}"
-            assert window["relative_error"] < ROUNDING[asked["dtype"]], label
-            assert window["side"]["relative_error"] < 2 * ROUNDING[asked["dtype"]], label
-            assert window["global_norm_ratio"] == pytest.approx(1, abs=2e-2), label
+            assert window["relative_error"] < allowed, label
+            assert window["side"]["relative_error"] < 2 * allowed, label
+            norm = window["global_norm_ratio"]  # in stage 0 with fp32 the engine knows none
+            assert norm is None or norm == pytest.approx(1, abs=2e-2), label
 
 
 def some(count: int, examples: int = 1) -> Any:

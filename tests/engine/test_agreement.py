@@ -91,7 +91,7 @@ class Ended:
 TRIALS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "equal": (("same", "same"), {}),
     "off": (("same", "off"), {"TRAINFIX": "off"}),
-    "disabled": (("same", "same"), {"TRAINFIX_DISABLE": "TF-0001,TF-0003"}),
+    "disabled": (("same", "same"), {"TRAINFIX_DISABLE": "TF-0001,TF-0003,TF-0004"}),
     "dies": (("same", "dies"), {}),
     "different": (("same", "version"), {}),
     "store dies": (("dies", "same"), {}),
@@ -168,7 +168,8 @@ def test_a_rank_without_the_repair_is_named_by_the_one_that_has_it(trial: str, r
     first, _ = ranks(trial)
     assert words(first).startswith(
         "UnfixedBugError: the ranks do not all run the same repair: rank 0 runs trainfix 0.1.0 "
-        "deepspeed.offload_accumulation (TF-0001+TF-0003) on deepspeed 0.18.9, but rank 1 did not answer within 4 s "
+        "deepspeed.offload_accumulation (TF-0001+TF-0003+TF-0004) "
+        "on deepspeed 0.18.9, but rank 1 did not answer within 4 s "
         "(trainfix is missing, off or disabled there, or that rank has ended)"
     )
     assert "Start every rank in the same environment, with trainfix active." in words(first)
@@ -178,7 +179,7 @@ def test_a_rank_without_the_repair_is_named_by_the_one_that_has_it(trial: str, r
 def test_two_different_repairs_are_named_by_both_ranks_at_once(ranks: Ranks) -> None:
     first, second = ranks("different")
     assert "UnfixedBugError" in words(first) and "UnfixedBugError" in words(second)
-    assert "but rank 1 runs trainfix 0.0.9 deepspeed.offload_accumulation (TF-0001+TF-0003)" in words(first)
+    assert "but rank 1 runs trainfix 0.0.9 deepspeed.offload_accumulation (TF-0001+TF-0003+TF-0004)" in words(first)
     assert "rank 1 runs trainfix 0.0.9" in words(second) and "but rank 0 runs trainfix 0.1.0" in words(second)
 
 

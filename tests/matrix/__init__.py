@@ -131,11 +131,8 @@ def _inexact(case: Case, window: Row) -> list[str]:
     off = [one for one in coefficients if abs(one - 1) > _COEFFICIENT_TOLERANCE]
     off += [one for one in window["earlier"] if abs(one) > _DROPPED]
     found = [f"coefficients {coefficients}, earlier {window['earlier']}"] if off else []
-    return found + ([f"relative error {captured['relative_error']:.2e}"] if _strays(captured) else [])
-
-
-def _strays(captured: Row) -> bool:
-    return bool(captured["relative_error"] > _RELATIVE_TOLERANCE)
+    error = captured["relative_error"]
+    return found + ([f"relative error {error:.2e}"] if error > _RELATIVE_TOLERANCE else [])
 
 
 def fixes() -> dict[str, list[Advisory]]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from trainfix.advisories import RecordError, Trigger, _trigger
 from trainfix.advisories.reach import condition, reach
-from trainfix.environment.runconfig import RunConfig, shown
+from trainfix.environment.runconfig import RunConfig, is_since, shown
 
 TABLE = Path(__file__).with_name("hazards.json")
 _NAMES = {"deepspeed": "DeepSpeed"}
@@ -89,7 +89,7 @@ def between(package: str, installed: str, target: str, configs: Sequence[RunConf
     passed = [
         one
         for one in load_all()
-        if one.package == package and _is_newer(one.release, than=installed) and not _is_newer(one.release, than=target)
+        if one.package == package and is_since(installed, one.release) is False and is_since(target, one.release)
     ]
     if not configs:
         return tuple(passed)
@@ -102,7 +102,7 @@ def in_force(package: str, installed: str, config: RunConfig) -> tuple[Hazard, .
 
     Their triggers are those that the file leaves open.
     """
-    past = (one for one in load_all() if one.package == package and not _is_newer(one.release, than=installed))
+    past = (one for one in load_all() if one.package == package and is_since(installed, one.release) is not False)
     left = (_left_open(one, config, installed) for one in past if one.key is not None)
     return tuple(one for one in left if one is not None)
 
@@ -115,13 +115,3 @@ def _left_open(hazard: Hazard, config: RunConfig, release: str) -> Hazard | None
     if any(answer == "no" for _, answer in answers):
         return None
     return replace(hazard, triggers=tuple(one for one, answer in answers if answer == "unknown"))
-
-
-def _is_newer(release: str, *, than: str) -> bool:
-    """Whether `release` comes after the installed one; taken as no where the installed version has no order."""
-    from packaging.version import InvalidVersion, Version
-
-    try:
-        return Version(release) > Version(than)
-    except InvalidVersion:
-        return False

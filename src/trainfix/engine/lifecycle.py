@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -340,18 +340,28 @@ def _warn_shared(repair: _Repair) -> None:
 def status() -> list[Record]:
     """One record per advisory of the catalogue: what trainfix did in this process, and why."""
     with _lock:
-        return [_record(advisory) for advisory in load_all()]
+        return _records(load_all())
 
 
-def _record(advisory: Advisory) -> Record:
+def _records(advisories: Sequence[Advisory]) -> list[Record]:
+    """One record each. The installed copy of a package is looked for once, and each of its files read once."""
+    copies = {package: next(iter(find(package)), None) for package in {one.package for one in advisories}}
+    shapes: dict[str, str | None] = {}
+    for package, copy in copies.items():
+        if copy is not None:
+            known_only = [one for one in advisories if one.package == package and one.fix is None]
+            shapes |= shapes_of(copy, [path for one in known_only for path in one.evidence])
+    return [_record(one, copies[one.package], shapes) for one in advisories]
+
+
+def _record(advisory: Advisory, copy: Distribution | None, shapes: Mapping[str, str | None]) -> Record:
     repair = _repairs.get(advisory.fix or "")
     if repair is None:
-        copy = next(iter(find(advisory.package)), None)
         state, reason = _waiting(advisory)
-        shape = None
-        if advisory.fix is None and copy is not None and state == "waiting":
-            state, reason, shape = _known_only(advisory, copy)
-        installed = None if copy is None else copy.version
+        shape, installed = None, None if copy is None else copy.version
+        if advisory.fix is None and installed is not None and state == "waiting":
+            decision = decide(None, advisory, {advisory.package: installed}, shapes)
+            state, reason, shape = decision.state, decision.reason, decision.shape
         return Record(advisory.id, advisory.fix, advisory.package, installed, None, state, reason, shape)
     decision = repair.decisions[advisory.id]
     target = ", ".join(target.path for target in repair.fix.targets) if repair.journal else None
@@ -364,12 +374,6 @@ def _record(advisory: Advisory) -> Record:
     if state == "applied":
         reason = "; ".join(filter(None, [reason, *_since_replaced(repair)]))
     return Record(advisory.id, advisory.fix, advisory.package, repair.installed, target, state, reason, decision.shape)
-
-
-def _known_only(advisory: Advisory, copy: Distribution) -> tuple[State, str, str | None]:
-    """The state of an advisory that has no fix, from the installed text."""
-    decision = decide(None, advisory, {advisory.package: copy.version}, shapes_of(copy, advisory.evidence))
-    return decision.state, decision.reason, decision.shape
 
 
 def _since_replaced(repair: _Repair) -> Iterator[str]:
@@ -412,7 +416,7 @@ def apply(*ids: str) -> list[Record]:
             if fix.modules <= _executed:
                 _consider(fix, anew=name in newly)
         _announce()
-        records = [_record(load(id)) for id in wanted]
+        records = _records([load(id) for id in wanted])
     for record in records:
         if record.id in ids and record.state in _LOUD:
             raise UnfixedBugError(f"{record.id} cannot be repaired: {record.state}: {record.reason}", record.id)

@@ -193,13 +193,13 @@ def _typed(config: RunConfig, key: str, default: object, note: str = "") -> Sett
 def _changed(key: str, release: str | None) -> tuple[object, str]:
     """The default that `release` has for `key`, and what to say of it."""
     before, (since, after) = CHANGED_DEFAULTS[key]
-    newer = _is_since(release, since)
+    newer = is_since(release, since)
     if newer is None:
         return UNKNOWN, f"DeepSpeed takes {shown(before)} before {since}, {shown(after)} from there on"
     return (after, f" from {since} on") if newer else (before, f" before {since}")
 
 
-def _is_since(release: str | None, since: str) -> bool | None:
+def is_since(release: str | None, since: str) -> bool | None:
     """Whether `release` is `since` or newer; None where that cannot be told."""
     from packaging.version import InvalidVersion, Version
 
@@ -318,7 +318,7 @@ def _accumulation_type(config: RunConfig, release: str | None = None) -> Setting
     given, model, stage = _type(config, ACCUMULATION_TYPE), _model_type(config), _stage(config)
     if given.value is not None:
         return given
-    newer = _is_since(release, "0.17.6")
+    newer = is_since(release, "0.17.6")
     if model.value != "bf16" or newer or (stage.value is not UNKNOWN and stage.value != 0):
         return Setting(model.value, f"{given.because}; {model.because}")
     if newer is None or stage.value is UNKNOWN:
@@ -329,7 +329,7 @@ def _accumulation_type(config: RunConfig, release: str | None = None) -> Setting
 
 def _managed(config: RunConfig, release: str | None = None) -> Setting:
     """Whether the engine counts the micro-batches of a window itself."""
-    setting, reads = _typed(config, MANAGED, DEFAULTS[MANAGED]), _is_since(release, "0.19.4")
+    setting, reads = _typed(config, MANAGED, DEFAULTS[MANAGED]), is_since(release, "0.19.4")
     if setting.value is True or reads:
         return setting
     because = config._says(MANAGED, "DeepSpeed before 0.19.4 does not read it")

@@ -92,6 +92,11 @@ def is_wrong(result: dict[str, Any]) -> bool:
     return any(window["relative_error"] > 0.05 for window in windows(result))
 
 
+def repaired_by_tf_0003(version: str, name: str) -> bool:
+    """An engine of one step driven by hand: test_offload_accumulation.py has it."""
+    return version == "0.15.1" and DENSE[name].get("driver") == "accelerate" and DENSE[name].get("stage") == 2
+
+
 def releases_and(names: Table) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("version", "name"), [(version, name) for version in RELEASES for name in names])
 
@@ -128,12 +133,10 @@ def test_resume_load_destroy_and_safe_gradients_are_right_with_trainfix(after, v
 
 @pytest.mark.parametrize(
     ("version", "name"),
-    [(version, name) for version in RELEASES if version != "0.18.9" for name in DENSE]
+    [(version, name) for version in ("0.15.1", "0.19.8") for name in DENSE if not repaired_by_tf_0003(version, name)]
     + [("0.19.8", name) for name in DENSE_0_19_8],
 )
 def test_a_model_that_uses_everything_is_left_to_deepspeed_bit_for_bit(before, after, version, name):
-    if version == "0.15.1" and name.endswith("accelerate") and "stage 2" in name:
-        pytest.skip("TF-0003")
     assert not is_wrong(before[name])
     assert_same_bits(before[name], after[name])
 

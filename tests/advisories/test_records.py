@@ -123,7 +123,8 @@ def test_a_release_is_affected_by_shape_exactly_where_the_record_lists_it(path: 
     verdicts: dict[str, str] = {}
     by_target = {target: shapes_by_release(target) for target in advisory.evidence}
     for version in RELEASES:
-        verdict = advisories.judge(advisory, version, {target: shapes[version] for target, shapes in by_target.items()})
+        shapes = {target: shapes[version] for target, shapes in by_target.items()}
+        verdict = advisories.judge(advisory, {advisory.package: version}, shapes)
         assert verdict.by == ("shape" if advisory.evidence else "version")
         verdicts[version] = verdict.verdict
     assert [version for version in RELEASES if verdicts[version] == "affected"] == record["affected"][0]["versions"]

@@ -263,7 +263,7 @@ def verdict(advisory: Advisory, version: str, folder: Path, files: list[Path]) -
         else released_shape(version, target)
         for target in advisory.evidence
     }
-    return advisories.judge(advisory, version, shapes).verdict
+    return advisories.judge(advisory, {advisory.package: version}, shapes).verdict
 
 
 def test_every_advisory_with_patches_has_a_trial() -> None:

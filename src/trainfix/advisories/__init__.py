@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -53,7 +53,11 @@ class SourcePatch:
 @dataclass(frozen=True)
 class Advisory:
     """One known silent training error. `evidence` maps target -> shape -> class; `affected` lists the affected releases
-    that we ran; `last_run` is the newest release we ran, and no range reaches past it."""
+    that we ran; `last_run` is the newest release we ran, and no range reaches past it.
+
+    `needs`: other packages, and the releases of them with which the error exists. `through`: the advisory of another
+    package whose repair repairs this one.
+    """
 
     id: str
     package: str
@@ -74,6 +78,13 @@ class Advisory:
     references: tuple[tuple[str, str], ...]
     source_patches: tuple[SourcePatch, ...]
     url: str
+    needs: Mapping[str, str] = field(default_factory=dict)
+    through: str | None = None
+
+    @property
+    def repaired_by(self) -> Advisory:
+        """The advisory whose repair counts: its own, or that of the package at fault."""
+        return self if self.through is None else load(self.through)
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,8 @@ def _advisory(record: dict[str, Any]) -> Advisory:
         references=tuple((reference["type"], reference["url"]) for reference in record["references"]),
         source_patches=tuple(SourcePatch(**patch) for patch in ours["source_patches"]),
         url=ours["url"],
+        needs=MappingProxyType(ours.get("needs", {})),
+        through=ours.get("through"),
     )
 
 
@@ -150,19 +163,41 @@ def _trigger(
     return Trigger(key=key, equals=values, at_least=at_least, when=when)
 
 
-def judge(advisory: Advisory, version: str, shapes: Mapping[str, str | None]) -> Verdict:
+def judge(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, str | None]) -> Verdict:
     """The verdict on one installed release, from the shapes of the advisory's evidence functions.
 
-    The shape decides; the version only narrows. `shapes` maps target -> shape, ``absent`` if the function is missing,
-    None where its source is. Without evidence functions (the error is not in Python code) the version alone decides.
+    The shape decides; the version only narrows. `versions` maps package -> installed version, of the advisory's own
+    package and of those that it needs. `shapes` maps target -> shape, ``absent`` if the function is missing, None where
+    its source is. Without evidence functions (the error is not in Python code) the version alone decides.
     """
+    if unmet(advisory, versions) is not None:
+        return Verdict("not-affected", "version", None)
     for target, known in advisory.evidence.items():
         shape = shapes.get(target)
         kind = known.get(shape) if shape is not None else None
         if kind is not None:
             return Verdict(_VERDICT_OF[kind], "shape", shape)
     shape = next((shapes[target] for target in advisory.evidence if shapes.get(target)), None)
-    return Verdict(_by_version(advisory, version), "version", shape)
+    return Verdict(_by_version(advisory, versions[advisory.package]), "version", shape)
+
+
+def unmet(advisory: Advisory, versions: Mapping[str, str]) -> str | None:
+    """Which of the packages that the error needs is missing or of another release, in words; None if all are there."""
+    for package, specifier in advisory.needs.items():
+        if not holds(versions.get(package), specifier):
+            return f"it needs {package}{specifier}; installed: {versions.get(package, 'none')}"
+    return None
+
+
+def holds(version: str | None, specifier: str) -> bool:
+    """Whether a package is installed in a version that `specifier` allows. False for one that no standard orders."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion
+
+    try:
+        return version is not None and SpecifierSet(specifier).contains(version, prereleases=True)
+    except InvalidVersion:
+        return False
 
 
 _VERDICT_OF: Mapping[ShapeClass, VerdictName] = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from trainfix import settings
-from trainfix.advisories import Advisory, Verdict, judge, load_all
+from trainfix.advisories import Advisory, Verdict, judge, load_all, unmet
 from trainfix.advisories.hazards import Hazard, between, in_force
 from trainfix.advisories.reach import Reach, reach_any
 from trainfix.cli import base
@@ -113,7 +113,8 @@ def examine(
     `ignored` maps an advisory's id to the user's reason. Raises RecordError, EnvironmentProblem and ShapeError.
     """
     advisories = [one for one in load_all() if not only or one.id in only]
-    copies = {package: find(package) for package in sorted({one.package for one in load_all()} | {"torch"})}
+    packages = {name for one in load_all() for name in (one.package, *one.needs)}
+    copies = {package: find(package) for package in sorted(packages | {"torch"})}
     examiner = _Examiner({package: found[0] for package, found in copies.items() if found}, configs, assume_import)
     return Report(
         catalogue=max(one.modified for one in load_all())[:10],
@@ -151,20 +152,23 @@ class _Examiner:
         copy = self.installed.get(advisory.package)
         if copy is None:
             return Finding(advisory, None, "not-installed", because=(f"{advisory.package} is not installed",))
-        verdict = judge(advisory, copy.version, self.shapes_of(advisory.package, advisory.evidence))
+        verdict = judge(advisory, self.versions, self.shapes_of(advisory.evidence))
         known = Finding(advisory, copy.version, verdict.verdict, verdict.by, verdict.shape)
         if verdict.verdict not in OPEN:
-            return replace(known, because=(f"{copy.name} {copy.version} does not have this error",))
+            why = unmet(advisory, self.versions)
+            fine = f"{copy.name} {copy.version} does not have this error"
+            return replace(known, because=(f"{fine}: {why}" if why else fine,))
         reach = reach_any(advisory, self.configs, copy.version)
         return self._open(known, reach, self._sourceless(advisory, copy, verdict))
 
     def _open(self, known: Finding, reach: Reach, sourceless: str) -> Finding:
         """The finding where the error is or may be: who reaches it, what repairs it, what stands in the way."""
         advisory = known.advisory
-        fix = load_fix(advisory.fix) if advisory.fix is not None else None
-        obstacle = self._obstacle(advisory, fix) if fix is not None else ""
+        repairing = advisory.repaired_by
+        fix = load_fix(repairing.fix) if repairing.fix is not None else None
+        obstacle = self._obstacle(repairing, fix) if fix is not None else ""
         available = fix is not None and fix.build is not None and not obstacle
-        off = _switched_off(advisory) if available else ""
+        off = _switched_off(repairing) if available else ""
         limit = fix.limits if fix is not None and available else ""
         return replace(
             known,
@@ -186,13 +190,15 @@ class _Examiner:
         or if `fix` is there to warn only."""
         if fix.build is None:
             return ""
+        if advisory.package not in self.versions:
+            return f"{advisory.package}, which is at fault, is not installed"
         for key, why in fix.leaves_alone.items():
             for config in self.configs:
                 release = self.versions[advisory.package]
                 if config.has(key) and reach_any(advisory, [config], release).reachable != "no":
                     return f"{key} is set ({config.source}): {why}"
         others = {package: found[0].version for package in fix.requires if (found := find(package))}
-        shapes = self.shapes_of(advisory.package, targets_of(fix, [advisory]))
+        shapes = self.shapes_of(targets_of(fix, [advisory]))
         decision = decide(fix, advisory, {**others, **self.versions}, shapes)
         return "" if decision.state == "applied" else decision.reason
 
@@ -225,10 +231,19 @@ class _Examiner:
             return ()
         return between(advisory.package, self.versions[advisory.package], advisory.last_run, self.configs)
 
-    def shapes_of(self, package: str, paths: Iterable[str]) -> dict[str, str | None]:
-        """path (``module:qualname``) -> shape as installed, None where the source or the function is missing."""
+    def shapes_of(self, paths: Iterable[str]) -> dict[str, str | None]:
+        """path (``module:qualname``) -> shape as installed, ABSENT or None where the function or its source is missing.
+
+        Every package here is named like its module.
+        """
         wanted = list(paths)
-        self.shapes |= shapes_of(self.installed[package], [path for path in wanted if path not in self.shapes])
+        by_package: dict[str, list[str]] = {}
+        for path in wanted:
+            if path not in self.shapes:
+                by_package.setdefault(path.partition(".")[0], []).append(path)
+        for package, new in by_package.items():
+            copy = self.installed.get(package)
+            self.shapes |= dict.fromkeys(new, None) if copy is None else shapes_of(copy, new)
         return {path: self.shapes[path] for path in wanted}
 
 

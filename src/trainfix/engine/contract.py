@@ -52,6 +52,10 @@ class Guard:
         return self.path.endswith(".__init__")
 
 
+def _nothing_of_the_users(built: object) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Fix:
     """A run-time repair of one or more advisories in one package.
@@ -64,6 +68,8 @@ class Fix:
     which warn of what a run reaches.
     repairs: whether a built object is one that this fix looks after. group: its process group, or None.
     in_window: the objects that are in the middle of a window right now.
+    own: what of the user's own an object uses in place of what the fix knows ("own loss: module.qualname"), or None;
+    such an object is left alone, which is said once.
     limits: what the repair does not cover, in one sentence. leaves_alone: config keys that show such a run -> why.
     """
 
@@ -78,6 +84,7 @@ class Fix:
     repairs: Callable[[Any], bool]
     group: Callable[[Any], Any]
     in_window: Callable[[], Iterable[object]] = field(default=tuple)
+    own: Callable[[Any], str | None] = _nothing_of_the_users
     limits: str = ""
     leaves_alone: Mapping[str, str] = field(default_factory=dict)
 

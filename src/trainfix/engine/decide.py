@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
 
-from trainfix.advisories import Advisory, Verdict, judge
+from trainfix.advisories import Advisory, Verdict, holds, judge, unmet
 from trainfix.engine.contract import Fix
 from trainfix.environment.shapes import ABSENT
 
@@ -63,7 +63,7 @@ def decide(
     of nobody.
     """
     installed = versions[advisory.package]
-    verdict = judge(advisory, installed, shapes)
+    verdict = judge(advisory, versions, shapes)
     name = f"{advisory.package} {installed}"
     if verdict.verdict == "affected":
         return _repairable(fix, verdict, versions, shapes, others)
@@ -74,7 +74,7 @@ def decide(
         unknown = "; ".join(_unknown(path, shapes.get(path), others) for path in advisory.evidence)
         return Decision("refused", f"{name}: {unknown}", verdict.shape)
     reasons = {
-        "not-affected": f"{name} does not have this error",
+        "not-affected": unmet(advisory, versions) or f"{name} does not have this error",
         "fixed-upstream": f"{name} has the repaired code",
         "fixed-by-source-patch": f"{name} was repaired with trainfix's source patch",
     }
@@ -92,7 +92,7 @@ def _repairable(
     if fix is None or fix.build is None:
         return Decision("refused", "trainfix knows it and does not repair it", verdict.shape)
     for package, specifier in fix.requires.items():
-        if not _holds(versions.get(package), specifier):
+        if not holds(versions.get(package), specifier):
             found = versions.get(package, "not installed")
             reason = f"the repair was run on {package}{specifier} only; installed: {found}"
             return Decision("unverified", reason, verdict.shape)
@@ -101,16 +101,6 @@ def _repairable(
         if shape not in target.shapes and not (target.may_be_replaced and target.path in others):
             return Decision("refused", _unknown(target.path, shape, others), verdict.shape)
     return Decision("applied", "", verdict.shape)
-
-
-def _holds(version: str | None, specifier: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import InvalidVersion
-
-    try:
-        return version is not None and SpecifierSet(specifier).contains(version, prereleases=True)
-    except InvalidVersion:
-        return False
 
 
 def _unknown(path: str, shape: str | None, others: Mapping[str, str]) -> str:

@@ -10,18 +10,19 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import trainfix
-from trainfix.advisories import Advisory, load, load_all
+from trainfix.advisories import Advisory, judge, load, load_all
 from trainfix.engine import agreement, finder, guards, replace, report
 from trainfix.engine.contract import Fix, Guard, Target, keep_until_window_ends
 from trainfix.engine.decide import Decision, State, decide, load_fix, targets_of
 from trainfix.engine.errors import UnfixedBugError
 from trainfix.engine.targets import TARGETS
-from trainfix.environment.installed import Distribution, find, shapes_of
+from trainfix.environment.installed import find, shapes_of
 
 _LOUD = ("refused", "failed")
 
@@ -105,6 +106,7 @@ _posts: dict[str, _Post] = {}
 _asked: set[str] = set()  # precision advisories are repaired only when they are asked for by name
 _disabled: dict[str, str] = dict.fromkeys(finder.current.disabled, "TRAINFIX_DISABLE")
 _reverted: set[str] = set()
+_left_alone: set[str] = set()  # what was said of objects with code of the user's own
 
 
 def _renew_lock() -> None:
@@ -192,7 +194,7 @@ def _only_if_asked(advisory: Advisory, decision: Decision) -> Decision:
 def _versions(fix: Fix) -> dict[str, str]:
     """Installed versions of the packages that the fix speaks of; of several copies, the one that was imported."""
     versions = {}
-    for package in {fix.package, *fix.requires}:
+    for package in {fix.package, *fix.requires, *(name for id in fix.advisories for name in load(id).needs)}:
         copies = find(package)
         file = getattr(sys.modules.get(package), "__file__", None)
         imported = [copy for copy in copies if file and Path(file).resolve().is_relative_to(copy.location / package)]
@@ -259,6 +261,8 @@ def _stand_guard(repair: _Repair) -> None:
 
 def _look(repair: _Repair, guard: Guard, instance: object, *args: Any, **kwargs: Any) -> None:
     """Whether this object, or this call, reaches what the fix does not repair; and do all ranks repair it alike?"""
+    if guard.on_construction and (own := repair.fix.own(instance)) is not None:
+        return _say_left_alone(repair, own)
     for id in guard.reached:
         decision = repair.decisions[id]
         covered = decision.state == "applied" and repair.fix.repairs(instance)
@@ -270,6 +274,15 @@ def _look(repair: _Repair, guard: Guard, instance: object, *args: Any, **kwargs:
             _stop(repair, advisory, decision, reason, type(instance).__name__)
     if guard.on_construction and repair.journal and repair.fix.repairs(instance):
         _agree(repair, instance)
+
+
+def _say_left_alone(repair: _Repair, own: str) -> None:
+    """The user computes it with code of their own, which we do not know: no error, and nothing that we touch."""
+    ids = sorted(repair.guarded - set(_disabled))
+    text = f"trainfix {trainfix.__version__}: {', '.join(ids)} not-affected ({own})"
+    if ids and text not in _left_alone:
+        _left_alone.add(text)
+        report.inform(text)
 
 
 def _stop(repair: _Repair, advisory: Advisory, decision: Decision, reason: str, kind: str) -> None:
@@ -327,9 +340,10 @@ def _announce_package(on: str, repairs: Sequence[_Repair]) -> list[str]:
 
 
 def _warn_shared(repair: _Repair) -> None:
-    off = sorted(repair.applied & set(_disabled))
+    named = {one.id for one in load_all() if one.repaired_by.id in repair.applied - set(_disabled)}
+    off = sorted((repair.applied | named) & set(_disabled))
     if repair.journal and off:
-        together = ",".join(sorted(repair.applied))
+        together = ",".join(sorted({*repair.applied, *off}))
         report.warn(
             f"trainfix: {', '.join(off)} stays repaired: its repair is shared with "
             f"{', '.join(sorted(repair.applied - set(_disabled)))}; "
@@ -345,22 +359,26 @@ def status() -> list[Record]:
 
 def _records(advisories: Sequence[Advisory]) -> list[Record]:
     """One record each. The installed copy of a package is looked for once, and each of its files read once."""
-    copies = {package: next(iter(find(package)), None) for package in {one.package for one in advisories}}
+    packages = {name for one in advisories for name in (one.package, *one.needs)}
+    copies = {package: next(iter(find(package)), None) for package in packages}
     shapes: dict[str, str | None] = {}
     for package, copy in copies.items():
         if copy is not None:
             known_only = [one for one in advisories if one.package == package and one.fix is None]
             shapes |= shapes_of(copy, [path for one in known_only for path in one.evidence])
-    return [_record(one, copies[one.package], shapes) for one in advisories]
+    versions = {package: copy.version for package, copy in copies.items() if copy is not None}
+    return [_record(one, versions, shapes) for one in advisories]
 
 
-def _record(advisory: Advisory, copy: Distribution | None, shapes: Mapping[str, str | None]) -> Record:
+def _record(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, str | None]) -> Record:
     repair = _repairs.get(advisory.fix or "")
     if repair is None:
         state, reason = _waiting(advisory)
-        shape, installed = None, None if copy is None else copy.version
+        shape, installed = None, versions.get(advisory.package)
         if advisory.fix is None and installed is not None and state == "waiting":
-            decision = decide(None, advisory, {advisory.package: installed}, shapes)
+            if advisory.through is not None and judge(advisory, versions, shapes).verdict == "affected":
+                return _through(advisory, versions, shapes)
+            decision = decide(None, advisory, versions, shapes)
             state, reason, shape = decision.state, decision.reason, decision.shape
         return Record(advisory.id, advisory.fix, advisory.package, installed, None, state, reason, shape)
     decision = repair.decisions[advisory.id]
@@ -374,6 +392,15 @@ def _record(advisory: Advisory, copy: Distribution | None, shapes: Mapping[str, 
     if state == "applied":
         reason = "; ".join(filter(None, [reason, *_since_replaced(repair)]))
     return Record(advisory.id, advisory.fix, advisory.package, repair.installed, target, state, reason, decision.shape)
+
+
+def _through(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, str | None]) -> Record:
+    """What became of the repair of the package at fault."""
+    record = _record(advisory.repaired_by, versions, shapes)
+    reason = f"through {record.id}" + (f": {record.reason}" if record.reason else "")
+    return replace_fields(
+        record, id=advisory.id, package=advisory.package, installed=versions[advisory.package], reason=reason
+    )
 
 
 def _since_replaced(repair: _Repair) -> Iterator[str]:
@@ -403,11 +430,12 @@ def apply(*ids: str) -> list[Record]:
     or failed.
     """
     wanted = _checked(ids)
-    fixes = {name: load_fix(name) for id in wanted if (name := load(id).fix) is not None}
+    repairing = [load(id).repaired_by for id in wanted]
+    fixes = {one.fix: load_fix(one.fix) for one in repairing if one.fix is not None}
     with _lock:
         if finder.current.mode == "off":  # apply wins over it, for what it names
             _disabled.update({advisory.id: "TRAINFIX=off" for advisory in load_all() if advisory.id not in _disabled})
-        for id in wanted:
+        for id in {*wanted, *(one.id for one in repairing)}:
             _disabled.pop(id, None)
             _reverted.discard(id)
         finder.switch_on()
@@ -436,7 +464,7 @@ def revert(*ids: str) -> tuple[str, ...]:
     window repaired. Raises UnknownAdvisory, and RuntimeError, having undone nothing, if somebody else has replaced a
     function since.
     """
-    wanted = _checked(ids)
+    wanted = tuple(dict.fromkeys(name for id in _checked(ids) for name in (id, load(id).repaired_by.id)))
     with _lock:
         repairs = [repair for repair in _repairs.values() if set(wanted) & set(repair.fix.advisories)]
         gone = {*_disabled, *wanted}

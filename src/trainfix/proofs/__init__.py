@@ -123,9 +123,12 @@ def applicability(advisory: Any, search_path: list[str]) -> Applicability:
     if not copies:
         return Applicability(advisory.package, None, False, f"{advisory.package} is not installed")
     copy = copies[0]
-    verdict = advisories.judge(advisory, copy.version, installed.shapes_of(copy, advisory.evidence)).verdict
+    versions = {name: found[0].version for name in advisory.needs if (found := installed.find(name, search_path))}
+    versions[advisory.package] = copy.version
+    verdict = advisories.judge(advisory, versions, installed.shapes_of(copy, advisory.evidence)).verdict
     known = {"affected": True, "unverified": None, "unknown": None}.get(verdict, False)
-    reason = None if known else f"{advisory.package} {copy.version} is {verdict}"
+    unmet = advisories.unmet(advisory, versions)
+    reason = None if known else f"{advisory.package} {copy.version} is {verdict}" + (f": {unmet}" if unmet else "")
     return Applicability(advisory.package, copy.version, known, reason)
 
 

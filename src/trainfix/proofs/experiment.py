@@ -28,7 +28,7 @@ from ..measure.coefficients import Coefficients, measure
 
 MICRO_BATCHES = 8
 WINDOWS = 2
-_RANK, _STORE = "PROOF_RANK", "PROOF_STORE"  # how the first rank starts the others
+RANK, _STORE = "PROOF_RANK", "PROOF_STORE"  # how the first rank starts the others
 
 Loss = Callable[[int], torch.Tensor]
 """The loss of the k-th micro-batch of the current window, computed through the engine."""
@@ -100,9 +100,9 @@ def run(drive: Drive, **asked: Any) -> None:
     `drive` decides how a window is run; the keyword arguments are those of `Experiment`.
     """
     experiment = Experiment(**asked)
-    with_json = _only_json_to_stdout()
-    rank = int(os.environ.get(_RANK, "0"))
-    with _other_ranks(experiment.ranks, rank) as store:
+    with_json = only_json_to_stdout()
+    rank = int(os.environ.get(RANK, "0"))
+    with other_ranks(experiment.ranks, rank) as store:
         prepare_cpu()
         import deepspeed
 
@@ -116,12 +116,12 @@ def run(drive: Drive, **asked: Any) -> None:
         result = asdict(worst) | {"packages": {"deepspeed": deepspeed.__version__, "torch": torch.__version__}}
         if rank == 0:
             judged_by = {"tolerance": experiment.tolerance, "not_this_error": list(map(int, experiment.not_this_error))}
-            with_json(result | judged_by | {"status": _status()})
+            with_json(result | judged_by | {"status": status()})
         torch.distributed.barrier()
 
 
 @contextlib.contextmanager
-def _other_ranks(ranks: int, rank: int) -> Iterator[Any]:
+def other_ranks(ranks: int, rank: int) -> Iterator[Any]:
     """The store through which the ranks meet. The first one starts the others as it was started itself."""
     if ranks == 1:
         yield torch.distributed.HashStore()  # type: ignore[attr-defined]
@@ -132,7 +132,7 @@ def _other_ranks(ranks: int, rank: int) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder, "store"))
         others = [
-            subprocess.Popen(sys.orig_argv, env=os.environ | {_RANK: str(number), _STORE: store})
+            subprocess.Popen(sys.orig_argv, env=os.environ | {RANK: str(number), _STORE: store})
             for number in range(1, ranks)
         ]
         try:
@@ -253,7 +253,7 @@ def _reference(model: torch.nn.Module, experiment: Experiment, window: int, k: i
     return total / experiment.ranks
 
 
-def _status() -> list[dict[str, Any]] | None:
+def status() -> list[dict[str, Any]] | None:
     """trainfix.status() where trainfix was imported, else None."""
     trainfix: Any = sys.modules.get("trainfix")
     if trainfix is None:
@@ -261,7 +261,7 @@ def _status() -> list[dict[str, Any]] | None:
     return [record if isinstance(record, dict) else asdict(record) for record in trainfix.status()]
 
 
-def _only_json_to_stdout() -> Callable[[dict[str, Any]], None]:
+def only_json_to_stdout() -> Callable[[dict[str, Any]], None]:
     """Send what others print to stderr, and return a function that prints JSON to the real stdout."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -188,6 +188,7 @@ FIX = Fix(
     repairs=lambda engine: type(engine).__qualname__ == "Engine",
     group=lambda engine: None,
     in_window=lambda: list(_begun),
+    own=lambda engine: "own loss: user.loss" if engine.steps == 9 else None,
 )
 '''
 
@@ -219,6 +220,21 @@ def write(folder: Path, name: str = "affected", *, severity: str = "gradient", l
     for number in range(4):
         (folder / f"user{number}.py").write_text(_USER)
     _write_fix_and_records(folder, severity, level)
+    return folder
+
+
+def lean(folder: Path, *, needs: str, through: str = "SI-0001") -> Path:
+    """Put a second package there, whose advisory SI-0003 is an error of the stand-in's releases that `needs` names, and
+    repaired through `through`; returns the folder."""
+    metadata = folder / "leaning-1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: leaning\nVersion: 1.0\n")
+    record = _record("SI-0003", "gradient", "proved", {})
+    record["affected"][0] |= {"package": {"ecosystem": "PyPI", "name": "leaning"}, "versions": ["1.0"]}
+    record["affected"][0]["ranges"][0]["events"] = [{"introduced": "1.0"}, {"last_affected": "1.0"}]
+    ours = record["database_specific"]["trainfix"]
+    ours |= {"fix": None, "last_run": "1.0", "needs": {"standin": needs}, "through": through}
+    (folder / "records" / "SI-0003.json").write_text(json.dumps(record))
     return folder
 
 
@@ -270,7 +286,7 @@ def _record(id: str, severity: str, level: str, evidence: dict[str, Any]) -> dic
         "ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "2.0"}, {"fixed": "3.0"}]}],
         "versions": ["2.0", "2.1", "2.2", "2.3"],
     }
-    text = {"SI-0001": "windows lose their middle", "SI-0002": "values are rounded"}[id]
+    text = {"SI-0001": "windows lose their middle", "SI-0002": "values are rounded", "SI-0003": "leans on them"}[id]
     return {
         "id": id,
         "modified": "2026-11-23T00:00:00Z",
@@ -304,7 +320,8 @@ def arm(folder: Path) -> None:
     sys.path.insert(0, str(folder))
     sys.meta_path.insert(0, FixFinder(folder))
     _preset("trainfix.engine.targets", "engine/targets.py").TARGETS = dict.fromkeys(MODULES, ("standin",))
-    _preset("trainfix.settings", "settings.py").ADVISORY_IDS = IDS
+    ids = tuple(sorted(file.stem for file in (folder / "records").glob("*.json")))
+    _preset("trainfix.settings", "settings.py").ADVISORY_IDS = ids
     _preset("trainfix.advisories", "advisories/__init__.py").RECORDS = folder / "records"
 
 

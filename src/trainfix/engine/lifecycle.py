@@ -367,7 +367,7 @@ def _records(advisories: Sequence[Advisory]) -> list[Record]:
             known_only = [one for one in advisories if one.package == package and one.fix is None]
             shapes |= shapes_of(copy, [path for one in known_only for path in one.evidence])
     versions = {package: copy.version for package, copy in copies.items() if copy is not None}
-    return [_record(one, versions, shapes) for one in advisories]
+    return [_through(one, versions, shapes) or _record(one, versions, shapes) for one in advisories]
 
 
 def _record(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, str | None]) -> Record:
@@ -376,8 +376,6 @@ def _record(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str
         state, reason = _waiting(advisory)
         shape, installed = None, versions.get(advisory.package)
         if advisory.fix is None and installed is not None and state == "waiting":
-            if advisory.through is not None and judge(advisory, versions, shapes).verdict == "affected":
-                return _through(advisory, versions, shapes)
             decision = decide(None, advisory, versions, shapes)
             state, reason, shape = decision.state, decision.reason, decision.shape
         return Record(advisory.id, advisory.fix, advisory.package, installed, None, state, reason, shape)
@@ -394,8 +392,12 @@ def _record(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str
     return Record(advisory.id, advisory.fix, advisory.package, repair.installed, target, state, reason, decision.shape)
 
 
-def _through(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, str | None]) -> Record:
-    """What became of the repair of the package at fault."""
+def _through(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, str | None]) -> Record | None:
+    """What became of the repair of the package at fault; None where that is the advisory's own, or not affected."""
+    if advisory.through is None or advisory.package not in versions:
+        return None
+    if judge(advisory, versions, shapes).verdict != "affected":
+        return None
     record = _record(advisory.repaired_by, versions, shapes)
     reason = f"through {record.id}" + (f": {record.reason}" if record.reason else "")
     return replace_fields(

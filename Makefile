@@ -2,12 +2,13 @@
 # make test     lint, types, the whole test suite
 # make check    lint, types and the fast tests
 # make matrix   the experiment on every DeepSpeed release; goes on where it was stopped
+# make both     the loss and the optimizer repaired one by one, in four stacks (docs/both-together.json, .png)
 # make clean    remove what these commands made in the checkout
 #
 # PYTHON=...       the interpreter to build .venv with (default: python3.11, else python3)
 # TORCH_INDEX=...  the package index to take torch from (default: see tools/setup.py)
 
-.PHONY: demo test check matrix lint types releases environment clean
+.PHONY: demo test check matrix both lint types releases environment clean
 BIN := .venv/bin
 DEMO := .venv/demo/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -24,6 +25,9 @@ check: lint types releases
 
 matrix: environment
 	$(BIN)/python -m tests.matrix
+
+both: environment
+	PYTHONPATH=. $(BIN)/python benchmarks/both_together.py
 
 lint: environment
 	$(BIN)/ruff check .

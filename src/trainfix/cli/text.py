@@ -201,7 +201,8 @@ def _why_settled(finding: Finding, report: Report) -> tuple[int, str]:
     if finding.ignored is not None:
         return 0, f"[-]  ignored ({finding.ignored})"
     if finding.verdict == "not-installed":
-        return 5, f"{package} is not installed"
+        missing = dict.fromkeys(one.advisory.package for one in report.findings if one.verdict == "not-installed")
+        return 5, f"{_listed(missing)} not installed"
     if finding.verdict == "fixed-by-source-patch":
         return 3, f"repaired with trainfix's source patch in {release}"
     if finding.verdict in ("not-affected", "fixed-upstream"):
@@ -209,6 +210,12 @@ def _why_settled(finding: Finding, report: Report) -> tuple[int, str]:
     if finding.reachable == "no":
         return 2, f"not reached by {', '.join(report.configs)}"
     return 1, f"repaired by {finding.repaired_by}"
+
+
+def _listed(packages: Iterable[str]) -> str:
+    """``deepspeed is`` or ``openrlhf and trl are``."""
+    *most, last = packages
+    return f"{', '.join(most)} and {last} are" if most else f"{last} is"
 
 
 def _spans(ids: Sequence[str]) -> str:

@@ -152,3 +152,28 @@ twin = copy.deepcopy(pickle.loads(pickle.dumps(Engine(2))))
 answer = [str(inspect.signature(Engine)), str(inspect.signature(Engine.boundary)), engine.mine, twin.steps]
 """
     assert standin.answer(refused, START + script) == ["(steps=4)", "(self, is_boundary)", True, 2]
+
+
+@pytest.mark.parametrize(
+    "intruder",
+    [
+        "keep = Engine.keep\nEngine.keep = lambda self, value: keep(self, value)",
+        "Engine._old_keep = Engine.keep\ndef keep(self, value):\n    self._old_keep(value)\nEngine.keep = keep",
+        "def around(old):\n    return lambda self, value: old(self, value)\nEngine.keep = around(Engine.keep)",
+        "import functools\nkeep = Engine.keep\nEngine.keep = functools.partialmethod(keep)",
+        "def late(self, value, old=Engine.keep):\n    old(self, value)\nEngine.keep = late",
+    ],
+    ids=["global", "attribute", "closure", "partialmethod", "default"],
+)
+def test_somebody_who_wraps_the_repair_after_us_is_not_stopped(intruder: str, tmp_path: Path) -> None:
+    script = f"{intruder}\nengine = Engine(4)\nengine.keep(1.25)\nanswer = engine.values"
+    assert standin.answer(standin.write(tmp_path), START + script) == [1.25]
+
+
+def test_a_run_whose_repair_somebody_has_undone_since_stops_and_names_who(tmp_path: Path) -> None:
+    script = "def intruder(self, value):\n    self.values.append(round(value))\nEngine.keep = intruder\n"
+    words = standin.answer(
+        standin.write(tmp_path),
+        START + script + "try:\n    Engine(4)\nexcept trainfix.UnfixedBugError as error:\n    answer = str(error)",
+    )
+    assert "why it is not repaired: keep has since been replaced by __main__.intruder" in words

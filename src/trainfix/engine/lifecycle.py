@@ -64,6 +64,14 @@ class _Repair:
         ours = [entry.replacement for entry in self.journal]
         return bool(ours) and all(any(live is our for our in ours) for live in _live(self.fix.targets))
 
+    def lost(self) -> list[str]:
+        """Who has put something where a replacement of ours stood that does not call ours any more."""
+        return [
+            f"{entry.slot.name} has since been replaced by {entry.holder()}"
+            for entry in self.journal
+            if not replace.leads_to(entry.slot.get(), entry.replacement, entry.slot.owner)
+        ]
+
     def make_way(self) -> None:
         """A target was reloaded, or other advisories are asked for. What still stands is taken out, to be judged and
         replaced anew; a reloaded class or function keeps its entries for those who hold it, and they are undone with
@@ -259,6 +267,11 @@ def _stand_guard(repair: _Repair) -> None:
             _look(repair, guard, instance)
 
 
+def look(fix: str, guard: Guard, instance: object) -> None:
+    """For a fix whose event is no call of a method, which the engine could guard: to be called before it happens."""
+    _look(_repairs[fix], guard, instance)
+
+
 def _look(repair: _Repair, guard: Guard, instance: object, *args: Any, **kwargs: Any) -> None:
     """Whether this object, or this call, reaches what the fix does not repair; and do all ranks repair it alike?"""
     if guard.on_construction and (own := repair.fix.own(instance)) is not None:
@@ -266,12 +279,13 @@ def _look(repair: _Repair, guard: Guard, instance: object, *args: Any, **kwargs:
     for id in guard.reached:
         decision = repair.decisions[id]
         covered = decision.state == "applied" and repair.fix.repairs(instance)
-        if id in _disabled or covered or decision.state not in ("applied", *_LOUD):
+        lost = repair.lost() if covered else []
+        if id in _disabled or (covered and not lost) or decision.state not in ("applied", *_LOUD):
             continue
         advisory = load(id)
         reason = guards.asked(guard, advisory, instance, *args, **kwargs)
         if reason is not None:
-            _stop(repair, advisory, decision, reason, type(instance).__name__)
+            _stop(repair, advisory, decision, reason, type(instance).__name__, lost)
     if guard.on_construction and repair.journal and repair.fix.repairs(instance):
         _agree(repair, instance)
 
@@ -285,8 +299,9 @@ def _say_left_alone(repair: _Repair, own: str) -> None:
         report.inform(text)
 
 
-def _stop(repair: _Repair, advisory: Advisory, decision: Decision, reason: str, kind: str) -> None:
+def _stop(repair: _Repair, advisory: Advisory, decision: Decision, reason: str, kind: str, lost: Sequence[str]) -> None:
     why_not = f"{decision.state}: {decision.reason}" if decision.state in _LOUD else f"the repair does not cover {kind}"
+    why_not = "; ".join(lost) or why_not
     proved = any(known.get(decision.shape or "") == "affected" for known in advisory.evidence.values())
     guards.stop(advisory, repair.installed, reason, why_not, proved=proved, mode=finder.current.mode)
 

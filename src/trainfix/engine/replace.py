@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
@@ -127,6 +128,37 @@ def describe(live: Any) -> str:
     code = getattr(getattr(live, "__func__", live), "__code__", None)
     place = f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
     return f"{module}.{name}{place}"
+
+
+def leads_to(live: Any, function: object, owner: object) -> bool:
+    """Whether `live`, which somebody has put at `function`'s place in `owner`, may still call it: it wraps it, or holds
+    it in a closure, a default, a global or an attribute of `owner` that its code names."""
+    waiting, seen = [live], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if one is function:
+            return True
+        if id(one) not in seen and (callable(one) or hasattr(one, "func")):  # partialmethod is not
+            seen.add(id(one))
+            waiting += _held_by(one, owner)
+    return False
+
+
+def _held_by(one: Any, owner: object) -> Iterator[Any]:
+    """What a callable holds that it may call."""
+    yield from (getattr(one, name, None) for name in ("__wrapped__", "__func__", "func", "_self_wrapper"))
+    code = getattr(one, "__code__", None)
+    if code is None:
+        yield from vars(one).values() if hasattr(one, "__dict__") and not isinstance(one, type) else ()
+        return
+    for cell in one.__closure__ or ():
+        with suppress(ValueError):  # an empty cell
+            yield cell.cell_contents
+    yield from one.__defaults__ or ()
+    yield from (one.__kwdefaults__ or {}).values()
+    for name in code.co_names:
+        yield one.__globals__.get(name)
+        yield from (vars(cls).get(name) for cls in getattr(owner, "__mro__", ()))
 
 
 def put(path: str, replacement: Function) -> list[Entry]:

@@ -5,6 +5,7 @@ A table, so that the finder need not import a single fix to know which imports c
 """
 
 TARGETS = {
+    "accelerate.data_loader": ("transformers.window_mean",),
     "deepspeed.runtime.bf16_optimizer": ("deepspeed.bf16_boundary",),
     "deepspeed.runtime.engine": (
         "deepspeed.offload_accumulation",
@@ -20,5 +21,50 @@ TARGETS = {
         "deepspeed.stage1_overlap",
         "deepspeed.known_races",
     ),
+    "llamafactory.train.pt.trainer": ("llamafactory.window_mean",),
+    "llamafactory.train.sft.trainer": ("llamafactory.window_mean",),
+    "llamafactory.train.trainer_utils": ("llamafactory.window_mean",),
+    "llamafactory.v1.core.base_trainer": ("llamafactory.v1_division",),
+    "llamafactory.v1.plugins.trainer_plugins.distributed.deepspeed": ("llamafactory.v1_division",),
+    "openrlhf.models.loss": (
+        "openrlhf.sft_loss",
+        "openrlhf.sft_accumulated_loss",
+        "openrlhf.sft_windows",
+    ),
+    "openrlhf.trainer.sft_trainer": (
+        "openrlhf.sft_loss",
+        "openrlhf.sft_accumulated_loss",
+        "openrlhf.sft_windows",
+        "openrlhf.early_sft_loss",
+    ),
+    "openrlhf.utils.deepspeed.deepspeed": (
+        "openrlhf.sft_loss",
+        "openrlhf.sft_accumulated_loss",
+        "openrlhf.sft_windows",
+    ),
+    "accelerate.accelerator": ("transformers.windows", "accelerate.engine_boundary"),
+    "accelerate.state": ("accelerate.partial_window",),
+    "accelerate.utils.deepspeed": ("accelerate.engine_boundary", "accelerate.partial_window"),
+    "torchao.optim.cpu_offload": ("torchao.offloaded_gradients",),
+    "torchao.prototype.low_bit_optim.cpu_offload": ("torchao.prototype_offloaded_gradients",),
+    "transformers.trainer": (
+        "llamafactory.window_mean",
+        "transformers.accelerator_division",
+        "transformers.label_smoothing",
+        "transformers.window_mean",
+        "transformers.windows",
+    ),
+    "transformers.trainer_pt_utils": (
+        "transformers.label_smoothing",
+        "transformers.window_mean",
+        "trl.label_smoothing",
+    ),
+    "trl.trainer.sft_trainer": ("trl.label_smoothing",),
+    "accelerate": (),
     "deepspeed": (),
+    "llamafactory": (),
+    "openrlhf": (),
+    "torchao": (),
+    "transformers": (),
+    "trl": (),
 }

@@ -53,15 +53,17 @@ def trained(labels: Any) -> int:
     return int((labels[..., 1:] != IGNORED).sum())
 
 
-def over_ranks(tokens: int, group: Any = None, device: Any = None) -> Any:
+def over_ranks(tokens: Any, group: Any = None, device: Any = None, *, dtype: Any = None) -> Any:
     """The sum of `tokens` over the process group (default: all ranks), a 0-dim int64 tensor on `device`.
 
-    One small all-reduce, and the host does not wait for it. Without a group, the number itself as such a tensor.
+    `tokens` is a number, or a tensor where they were counted on the device; it may be overwritten. One small
+    all-reduce, and the host does not wait for it. Without a group, the number itself as such a tensor.
+    `dtype` is a floating one where tokens have weights.
     """
     import torch
     from torch import distributed
 
-    total = torch.tensor(tokens, dtype=torch.int64, device=device)
+    total = torch.as_tensor(tokens, dtype=dtype or torch.int64, device=device)
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1:
         distributed.all_reduce(total, group=group)
     return total
@@ -78,7 +80,7 @@ class LookAhead:
     """
 
     def __init__(
-        self, length: int, count: Callable[[Any], int], add_up: Callable[[int], Any], *, first: int | None = None
+        self, length: int, count: Callable[[Any], Any], add_up: Callable[[Any], Any], *, first: int | None = None
     ) -> None:
         self.length, self._count, self._add_up = length, count, add_up
         self._missing = first or length

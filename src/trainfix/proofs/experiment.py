@@ -153,7 +153,7 @@ def _windows(deepspeed: ModuleType, experiment: Experiment, drive: Drive) -> Ite
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     consumed: list[torch.Tensor] = []
-    optimizer.register_step_pre_hook(lambda stepping, *_: consumed.append(_gradient(stepping, weights)))
+    optimizer.register_step_pre_hook(lambda stepping, *_: consumed.append(gradient(stepping, weights)))
     # 0.18 with two ranks on CPU: all_gather dies with "Output 0 of Split is a view" unless grad is off.
     with torch.set_grad_enabled(not deepspeed.__version__.startswith("0.18.")):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_config(experiment))
@@ -207,7 +207,7 @@ def _config(experiment: Experiment) -> dict[str, Any]:
     return base
 
 
-def _gradient(optimizer: Any, weights: list[torch.Tensor]) -> torch.Tensor:
+def gradient(optimizer: Any, weights: list[torch.Tensor]) -> torch.Tensor:
     """What `optimizer` is about to consume [elements], float32, in the order of the model's parameters.
 
     With one parameter group DeepSpeed hands the optimizer one flat copy of all parameters, in their order and padded at

@@ -10,6 +10,8 @@ Runs only in a child interpreter (see `trainfix.proofs.prove`).
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import importlib.metadata
 import os
 import random
@@ -67,17 +69,24 @@ def run(train: Callable[[], Watch], *, packages: Sequence[str], ranks: int = 1, 
 
 
 def train_with_transformers(
-    *, steps: int = 8, rows: int = 2 * len(LENGTHS), losses: TokenLosses | None = None, **arguments: Any
+    *,
+    steps: int = 8,
+    rows: int = 2 * len(LENGTHS),
+    lengths: Sequence[int] = LENGTHS,
+    losses: TokenLosses | None = None,
+    takes_count: bool = True,
+    **arguments: Any,
 ) -> Watch:
     """Train the tiny model with transformers' own Trainer for two windows, one row per micro-batch, and watch it.
 
-    `steps` is gradient_accumulation_steps, `rows` counts over all ranks, `arguments` are more TrainingArguments.
+    `steps` is gradient_accumulation_steps, `rows` counts over all ranks, `arguments` are more TrainingArguments. With
+    `takes_count` False the model takes no number of tokens, as LLaMA-Factory declares those with a processor.
     """
     import transformers
 
     model = tiny_llama()
     watch = Watch(model, losses=losses or cross_entropy)
-    data = answers(rows)
+    data = answers(rows, lengths=lengths)
     watch.learn(data)
     with tempfile.TemporaryDirectory() as folder:
         wanted: dict[str, Any] = {
@@ -100,6 +109,8 @@ def train_with_transformers(
             train_dataset=Rows(data),
             data_collator=collate,
         )
+        if not takes_count:
+            trainer.model_accepts_loss_kwargs = False
         optimizer = trainer.create_optimizer()
         watch.attach(optimizer)
         trainer.train()
@@ -164,13 +175,18 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
+def smoothed(share: float) -> TokenLosses:
+    """The loss of each token [tokens] where `share` of its label is spread over the whole vocabulary."""
+    return functools.partial(torch.nn.functional.cross_entropy, reduction="none", label_smoothing=share)
+
+
 class Watch:
     """Records the micro-batches that go through a model, and judges what its optimizer consumes, window by window.
 
     Call `learn` with every row that is trained on, and `judge` when an optimizer step begins, on all ranks alike.
     `windows` holds one report for each: `coefficients`, `relative_error`, `cosine`, `norm_ratio`, ... of
     `measure.coefficients`; `tokens` per micro-batch, ranks in order; `weights` and `scale` of `measure.token_weights`;
-    `exact_loss` and `exact_norm`, what a person should see logged.
+    `exact_loss` and `exact_norm`, what a person should see logged; `sha256` of the consumed gradient.
     """
 
     def __init__(self, model: torch.nn.Module, *, losses: TokenLosses = cross_entropy) -> None:
@@ -225,7 +241,8 @@ class Watch:
         split = asdict(token_weights(found["current"], counts)) if sum(counts) else {"weights": (), "scale": 1.0}
         found["coefficients"] = found.pop("current")
         exact = {"exact_loss": sum(losses), "exact_norm": float(torch.linalg.vector_norm(stacked.sum(0)))}
-        self.windows.append({**found, **split, **exact, "tokens": counts})
+        bits = {"sha256": hashlib.sha256(consumed.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]}
+        self.windows.append({**found, **split, **exact, **bits, "tokens": counts})
         return self.windows[-1]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:

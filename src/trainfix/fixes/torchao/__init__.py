@@ -1,0 +1,1 @@
+"""Repairs of torchao, and guards against what it does not support."""

@@ -1,7 +1,7 @@
 # make demo     TF-0001 on DeepSpeed 0.18.9: diagnosis, proof, picture (demo/output/)
 # make test     lint, types, the whole test suite
 # make check    lint, types and the fast tests
-# make matrix   the experiment on every DeepSpeed release; goes on where it was stopped
+# make matrix   the experiments on every DeepSpeed release and every band of the trainers; goes on where it was stopped
 # make both     the loss and the optimizer repaired one by one, in four stacks (docs/both-together.json, .png)
 # make clean    remove what these commands made in the checkout
 #

@@ -45,7 +45,8 @@ def doctor(version: str) -> dict[str, str]:
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1, 3):
         raise RuntimeError(f"doctor failed on {version}: {done.stderr}")
-    return {finding["id"]: finding["verdict"] for finding in json.loads(done.stdout)["findings"]}
+    findings = json.loads(done.stdout)["findings"]
+    return {finding["id"]: finding["verdict"] for finding in findings if finding["package"] == PACKAGE}
 
 
 def run(version: str, cases: Sequence[Case] = CASES) -> Row:
@@ -179,10 +180,11 @@ def _representatives(fix: str, of_fix: list[Advisory]) -> set[str]:
 
 def digest() -> str:
     """Of what a row comes from: grid, judgement, repair, experiment. A row with another digest is run again."""
-    known = [one for one in advisories.load_all() if one.fix]
+    known = [one for one in advisories.load_all() if one.package == PACKAGE and one.fix]
     catalogue = [(one.id, one.affected, sorted(map(repr, one.evidence.items()))) for one in known]
-    rooms = [ROOT / "src" / "trainfix" / room for room in ("fixes", "gradcopy", "measure")]
-    files = [path for room in rooms for path in sorted(room.rglob("*.py"))]
+    source = ROOT / "src" / "trainfix"
+    files = [path for room in ("fixes/deepspeed", "gradcopy") for path in sorted((source / room).rglob("*.py"))]
+    files.append(source / "measure" / "coefficients.py")
     files += [ROOT / "tests" / "support" / name for name in ("experiment.py", "layouts.py")]
     inputs = [repr((CASES, catalogue)).encode(), *(path.read_bytes() for path in files)]
     return hashlib.sha256(b"".join(inputs)).hexdigest()[:12]

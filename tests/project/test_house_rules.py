@@ -33,7 +33,8 @@ OPEN_TO_ALL = {"trainfix"}
 REQUIRED = {"packaging", "wrapt"}
 OF_THE_COMMAND_LINE = {"rich", "yaml", "tomli"}
 # What is repaired and measured. Only a body that runs after the user's own import may use these.
-REPAIRED = {"torch", "deepspeed"}
+REPAIRED = {"torch", "deepspeed", "transformers", "accelerate", "trl", "llamafactory", "openrlhf", "torchao"}
+REPAIRED |= {"datasets", "tokenizers"}  # what their trainers take
 USERS_OF_REPAIRED = {"fixes", "gradcopy", "measure", "proofs", "engine"}
 # What a bare `import trainfix` or any command may load.
 EARLY = {"trainfix", "__main__", "settings", "environment", "advisories", "engine", "cli"}

@@ -34,9 +34,10 @@ class Configuration:
     `steps`: gradient_accumulation_steps. `rows`: rows in the data set, over all ranks. `epochs`, `max_steps` (-1: by
     epochs). `rows_per_batch`: per_device_train_batch_size. `lengths`: trained tokens of the k-th row, over and over.
     `deepspeed`: None, or DeepSpeed's configuration, merged into one that needs no compiler; "stage" and "offload" are
-    short for the usual ones. `arguments`: more TrainingArguments. `model`: changes to the tiny
-    Llama's configuration. `trainer`: ``module:Class`` of the trainer, `Trainer` if it is not given, and `prepare`:
+    short for the usual ones. `arguments`: more TrainingArguments; the windows are judged by the smoothed loss where
+    they smooth. `model`: changes to the tiny Llama's configuration. `trainer`: ``module:Class`` of the trainer, `Trainer` if it is not given, and `prepare`:
     ``module:function`` that is called with (trainer, configuration) before training, for what a test wants to change.
+    `prompt_trained`: the prompts are trained too, the first token of a row has a label.
     """
 
     steps: int = 8
@@ -51,6 +52,7 @@ class Configuration:
     trainer: str = "transformers:Trainer"
     prepare: str | None = None
     shuffle: bool = False
+    prompt_trained: bool = False
 
 
 def run(
@@ -172,7 +174,10 @@ def run_trainer(values: Mapping[str, Any], result: Result) -> None:
     result["release"] = transformers.__version__
     model = tokens.tiny_llama(**configuration.model)
     rows = tokens.answers(configuration.rows, **({"lengths": configuration.lengths} if configuration.lengths else {}))
-    watch = tokens.Watch(model)
+    if configuration.prompt_trained:
+        rows = [{**row, "labels": list(row["input_ids"])} for row in rows]
+    smoothing = configuration.arguments.get("label_smoothing_factor", 0.0)
+    watch = tokens.Watch(model, **({"losses": tokens.smoothed(smoothing)} if smoothing else {}))
     watch.learn(rows)
     base: Any = named(configuration.trainer)
     overrides = {} if configuration.shuffle else {"_get_train_sampler": _in_order}

@@ -138,6 +138,8 @@ def leads_to(live: Any, function: object, owner: object) -> bool:
         one = waiting.pop()
         if one is function:
             return True
+        if isinstance(one, ModuleType):  # torch.classes claims to have whatever it is asked for
+            continue
         if id(one) not in seen and (callable(one) or hasattr(one, "func")):  # partialmethod is not
             seen.add(id(one))
             waiting += _held_by(one, owner)
@@ -147,8 +149,7 @@ def leads_to(live: Any, function: object, owner: object) -> bool:
 def _held_by(one: Any, owner: object) -> Iterator[Any]:
     """What a callable holds that it may call."""
     yield from (getattr(one, name, None) for name in ("__wrapped__", "__func__", "func", "_self_wrapper"))
-    code = getattr(one, "__code__", None)
-    if code is None:
+    if not isinstance(one, FunctionType):
         yield from vars(one).values() if hasattr(one, "__dict__") and not isinstance(one, type) else ()
         return
     for cell in one.__closure__ or ():
@@ -156,7 +157,7 @@ def _held_by(one: Any, owner: object) -> Iterator[Any]:
             yield cell.cell_contents
     yield from one.__defaults__ or ()
     yield from (one.__kwdefaults__ or {}).values()
-    for name in code.co_names:
+    for name in one.__code__.co_names:
         yield one.__globals__.get(name)
         yield from (vars(cls).get(name) for cls in getattr(owner, "__mro__", ()))
 

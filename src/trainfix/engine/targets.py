@@ -42,9 +42,9 @@ TARGETS = {
         "openrlhf.sft_accumulated_loss",
         "openrlhf.sft_windows",
     ),
-    "accelerate.accelerator": ("transformers.windows", "accelerate.engine_boundary"),
+    "accelerate.accelerator": ("transformers.windows",),
     "accelerate.state": ("accelerate.partial_window",),
-    "accelerate.utils.deepspeed": ("accelerate.engine_boundary", "accelerate.partial_window"),
+    "accelerate.utils.deepspeed": ("accelerate.partial_window",),
     "torchao.optim.cpu_offload": ("torchao.offloaded_gradients",),
     "torchao.prototype.low_bit_optim.cpu_offload": ("torchao.prototype_offloaded_gradients",),
     "transformers.trainer": (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trainfix.advisories import Advisory, load_all
 from trainfix.advisories.reach import condition
+from trainfix.engine.decide import load_fix
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "advisories.md"
 HEAD = """\
@@ -30,6 +31,8 @@ def _section(one: Advisory) -> Iterator[str]:
     since = "" if one.introduced == "0" else f"{one.introduced} to "
     yield f"## {one.id}\n\n**{one.summary}**\n"
     yield f"- affected: {one.package} {since or 'up to '}{one.affected[-1]}"
+    if one.needs:
+        yield f"- only with: {', '.join(f'{package} {allowed}' for package, allowed in one.needs.items())}"
     yield f"- severity: {one.severity}; evidence: {one.evidence_level}"
     yield f"- reached if: {'; '.join(condition(trigger) for trigger in one.triggers) or 'always'}"
     yield f"- repair: {_repair(one)}"
@@ -42,7 +45,17 @@ def _section(one: Advisory) -> Iterator[str]:
 def _repair(one: Advisory) -> str:
     if one.source_patches:
         return f"`import trainfix`, or the [source patch](../patches/{one.id}/README.md)"
-    return "none; a run that reaches it is warned" if one.fix else "none yet"
+    if one.through is not None:
+        return f"`import trainfix`, through [{one.through}](#{one.through.lower()})"
+    if one.fix is None:
+        return "none yet"
+    stands_guard = load_fix(one.fix).build is None
+    return f"none; a run that reaches it is {_told(one)}" if stands_guard else "`import trainfix`"
+
+
+def _told(one: Advisory) -> str:
+    stops = one.severity in ("gradient", "scale") and one.evidence_level == "proved"
+    return "stopped" if stops else "warned"
 
 
 if __name__ == "__main__":

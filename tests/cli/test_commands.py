@@ -87,9 +87,10 @@ def test_show_explains_one_advisory(trainfix, advisory):
         assert words in text
     for _, url in advisory.references:
         assert url in text
-    release = advisory.ways_out["upgrade"]
-    assert (f"upgrade: to deepspeed {release}" if release else "no release of deepspeed repairs it yet") in text
-    assert ("gradient_clipping in 0.19.3" in text) == (release is not None and advisory.affected[-1] < "0.19.3")
+    release, package = advisory.ways_out["upgrade"], advisory.package
+    assert (f"upgrade: to {package} {release}" if release else f"no release of {package} repairs it yet") in text
+    changes = package == "deepspeed" and release is not None and advisory.affected[-1] < "0.19.3"
+    assert ("gradient_clipping in 0.19.3" in text) == changes
     assert (f"proof: trainfix prove {advisory.id}" if advisory.proof else "proof: none") in text
 
 

@@ -63,6 +63,9 @@ PROGRAMS: Mapping[str, str] = {
     "trl": "tests.support.trl_runs",
 }
 
+# What no program above can reach -> the test that runs it.
+RUN_ELSEWHERE: Mapping[str, str] = {"TF-0204": "tests/fixes/llamafactory/test_v1_division.py"}
+
 _MEANS = ("TF-0401", "TF-0404", "TF-0407")
 _RANKS = (*_MEANS, "TF-0402")
 _UNDER_DEEPSPEED = ("TF-0401", "TF-0403", "TF-0407")

@@ -19,9 +19,10 @@ from typing import Any
 from packaging.version import Version
 
 from tests.matrix import ROOT, Row, _torch_version
-from tests.matrix.bands import BANDS, PROGRAMS, Band, Case
+from tests.matrix.bands import BANDS, PROGRAMS, RUN_ELSEWHERE, Band, Case
 from tests.support import stacks, trainer_runs
 from trainfix import advisories
+from trainfix.engine.decide import load_fix
 
 TABLE = ROOT / "docs" / "losses.json"
 
@@ -154,9 +155,9 @@ def _inexact(window: Row) -> list[str]:
 
 
 def repaired() -> list[advisories.Advisory]:
-    """The advisories of losses that a repair exists for: the packages of the bands."""
-    known = [one for one in advisories.load_all() if one.package in PROGRAMS]
-    return [one for one in known if one.repaired_by.fix is not None]
+    """The advisories of losses that a repair exists for, and that the bands' programs can reach."""
+    known = [one for one in advisories.load_all() if one.package in PROGRAMS and one.id not in RUN_ELSEWHERE]
+    return [one for one in known if (fix := one.repaired_by.fix) is not None and load_fix(fix).build is not None]
 
 
 def not_covered() -> list[str]:

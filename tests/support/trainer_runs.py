@@ -35,8 +35,9 @@ class Configuration:
     epochs). `rows_per_batch`: per_device_train_batch_size. `lengths`: trained tokens of the k-th row, over and over.
     `deepspeed`: None, or DeepSpeed's configuration, merged into one that needs no compiler; "stage" and "offload" are
     short for the usual ones. `arguments`: more TrainingArguments; the windows are judged by the smoothed loss where
-    they smooth. `model`: changes to the tiny Llama's configuration. `trainer`: ``module:Class`` of the trainer, `Trainer` if it is not given, and `prepare`:
-    ``module:function`` that is called with (trainer, configuration) before training, for what a test wants to change.
+    they smooth. `model`: changes to the tiny Llama's configuration. `trainer`: ``module:Class`` of the trainer,
+    `Trainer` if it is not given, and `prepare`: ``module:function`` that is called with (trainer, configuration) before
+    training, for what a test wants to change.
     `prompt_trained`: the prompts are trained too, the first token of a row has a label.
     """
 

@@ -39,10 +39,11 @@ def show(args: argparse.Namespace) -> int:
         print(textwrap.fill(paragraph, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n")
     rows = [
         ("package", f"{one.package} {_band(one)}; last release run: {one.last_run}"),
+        ("only with", ", ".join(f"{package} {allowed}" for package, allowed in one.needs.items())),
         ("severity", f"{one.severity}, evidence: {one.evidence_level}"),
         *(("reached if", condition(trigger)) for trigger in one.triggers),
         ("reached if", "" if one.triggers else "every run reaches it"),
-        ("repair", f"import trainfix (fix {one.fix})" if one.fix else "none yet"),
+        ("repair", _repair(one)),
         ("upgrade", f"to {one.package} {release}" if release else f"no release of {one.package} repairs it yet"),
         (
             "hazards",
@@ -59,6 +60,18 @@ def show(args: argparse.Namespace) -> int:
             print(line)
         previous = label
     return base.OK
+
+
+def _repair(one: Advisory) -> str:
+    from trainfix.engine.decide import load_fix
+
+    if one.through is not None:
+        return f"import trainfix (through {one.through})"
+    if one.fix is None:
+        return "none yet"
+    if load_fix(one.fix).build is None:
+        return "none; with import trainfix, a run that reaches it is told"
+    return f"import trainfix (fix {one.fix})"
 
 
 def diff(args: argparse.Namespace) -> int:

@@ -46,10 +46,6 @@ def another_accelerator(trainer: Any, configuration: Any) -> None:
     trainer.add_callback(Check())
 
 
-def two_data_parallel_devices(trainer: Any, configuration: Any) -> None:
-    trainer.args._n_gpu = 2
-
-
 def is_untouched(trainer: Any, configuration: Any) -> None:
     """Nothing of Trainer's or of the label smoother's has been replaced or wrapped: the very functions are there that
     the file makes."""

@@ -68,6 +68,7 @@ RUN_ELSEWHERE: Mapping[str, str] = {"TF-0204": "tests/fixes/llamafactory/test_v1
 
 _MEANS = ("TF-0401", "TF-0404", "TF-0407")
 _RANKS = (*_MEANS, "TF-0402")
+_EPOCHS = ("TF-0409", "TF-0410", "TF-0411")
 _UNDER_DEEPSPEED = ("TF-0401", "TF-0403", "TF-0407")
 _SMOOTHED: Mapping[str, Any] = {"steps": 4, "rows": 8, "arguments": {"label_smoothing_factor": 0.1}}
 _NO_COUNT: Mapping[str, Any] = {"steps": 4, "rows": 6, "prepare": "tests.support.prepared:takes_no_count"}
@@ -80,10 +81,10 @@ TRANSFORMERS = (
     # The Trainer of older releases does not ask; in newer ones these models' means are averaged by design.
     Case("GA4, no token count", _NO_COUNT, ("TF-0406", "TF-0408"), since="4.46.1", until="4.54.1"),
     Case("GA4, DeepSpeed", {"steps": 4, **_ZERO}, _UNDER_DEEPSPEED),
-    Case("GA4", {"steps": 4}, _RANKS, ranks=2),
-    Case("GA1", {"steps": 1, "rows": 4}, ("TF-0401", "TF-0402"), ranks=2),
-    Case("GA4, epochs of 14", {"steps": 4, "rows": 14, "epochs": 2}, (*_RANKS, "TF-0409", "TF-0410"), ranks=2),
-    Case("GA4, label smoothing", _SMOOTHED, ("TF-0401", "TF-0404", "TF-0405"), ranks=2),
+    Case("GA4", {"steps": 4}, (*_RANKS, "TF-0411"), ranks=2),
+    Case("GA1", {"steps": 1, "rows": 4}, ("TF-0401", "TF-0402", "TF-0411"), ranks=2),
+    Case("GA4, epochs of 14", {"steps": 4, "rows": 14, "epochs": 2}, (*_RANKS, *_EPOCHS), ranks=2),
+    Case("GA4, label smoothing", _SMOOTHED, ("TF-0401", "TF-0404", "TF-0405", "TF-0411"), ranks=2),
     Case("GA4, DeepSpeed", {"steps": 4, **_ZERO}, (*_UNDER_DEEPSPEED, "TF-0402"), ranks=2),
 )
 _SHORT: Mapping[str, Any] = {"steps": 4, "rows": 6, "epochs": 2, **_ZERO}

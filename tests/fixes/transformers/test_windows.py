@@ -70,6 +70,16 @@ def test_every_token_of_every_window_counts_the_same_with_trainfix(release: str,
         assert_right(result)
 
 
+def test_on_two_ranks_4_46_2_keeps_the_last_micro_batch_to_its_own_rank_only_without_trainfix(runs: Runs) -> None:
+    """Also where every micro-batch is the last of its window: then nothing is averaged."""
+    table = {"accumulated": configuration(2, rows=8, lengths=[5]), "plain": {"steps": 1, "rows": 4, "lengths": [5]}}
+    unrepaired, repaired = (runs(packages("4.46.2"), table, trainfix=on, ranks=2) for on in (False, True))
+    assert coefficients(unrepaired["accumulated"])[0] == pytest.approx([1, 1, 1, 2, 1, 1, 1, 0], abs=1e-3)
+    assert coefficients(unrepaired["plain"]) == [pytest.approx([2, 0], abs=1e-3)] * 2
+    for result in repaired.values():
+        assert_right(result)
+
+
 def lengths(release: str, ranks: int) -> list[int]:
     """4.46 makes windows of four across epochs, later releases end the epoch with a window of two."""
     return [4 * ranks, 4 * ranks if release.startswith("4.46.") else 2 * ranks]

@@ -15,6 +15,8 @@ counts their tokens, and lets the model divide its sum by that count. What went 
   it may be read too short, and never ends in a step (#37923, 4.52.1). We always read all there is.
 - TF-0410: 4.46: optimizer steps do not know of epochs, the count and the reduction over ranks do. We let windows go on
   across epochs, as the steps do: what an epoch leaves over waits for the next one.
+- TF-0411: 4.46.2 asks DDP not to reduce the window's last micro-batch, where it means all the others: what that one
+  adds stays the rank's own (4.46.3 turned the condition round). We let DDP reduce the last one, too.
 
 A decision holds for a whole window: it is made where the window is read.
 
@@ -25,7 +27,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from math import ceil
@@ -75,6 +77,7 @@ _SINCE = (
 _ENGINE_DIVIDES = {"a3eb4d9617fe", "489a17b67640", "1becf95bf714", "9cc093595426", "13d3847e9107"}
 _MULTIPLIES = {"a3eb4d9617fe"}
 _COUNT_IS_LOST = {"1becf95bf714", "9cc093595426"}
+_LAST_IS_NOT_REDUCED = {"2ccfb878d2e3"}  # _inner_training_loop, 4.46.2
 _STEPS_KNOW_NO_EPOCHS = {"de44d4ab4466", "2ccfb878d2e3", "3d891afecc80"}  # _inner_training_loop, 4.46.1, .2, .3
 
 
@@ -125,7 +128,9 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
     read = originals[_TRAINER + "get_batch_samples"]
     train = originals[_TRAINER + "training_step"]
     shape = live_shape(_TRAINER + "training_step")
-    across = "TF-0410" in advisories and live_shape(_TRAINER + "_inner_training_loop") in _STEPS_KNOW_NO_EPOCHS
+    loop = live_shape(_TRAINER + "_inner_training_loop")
+    across = "TF-0410" in advisories and loop in _STEPS_KNOW_NO_EPOCHS
+    reduces_last = "TF-0411" in advisories and loop in _LAST_IS_NOT_REDUCED
 
     @wraps(read)
     def read_window(self: Any, epoch_iterator: Any, num_batches: int, *rest: Any) -> Any:
@@ -147,6 +152,10 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
         window = _windows.get(self)
         if window is None or not window.left:  # a window that began without us
             return train(self, model, inputs, num_items_in_batch)
+        with _reduced(model) if reduces_last and window.left == 1 else nullcontext():
+            return train_in(window, self, model, inputs, num_items_in_batch)
+
+    def train_in(window: _Window, self: Any, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
         weight = window.weights[-window.left]
         handed_on = shape in _COUNT_IS_LOST and _COUNT in inputs
         right = "TF-0403" in advisories and _right_already(self, shape, num_items_in_batch, handed_on, window.own)
@@ -173,6 +182,20 @@ def _epoch_of(trainer: Any, iterator: Any) -> _Epoch:
     if epoch.iterator() is not iterator:
         epoch.iterator, epoch.begun, epoch.own = _reference(iterator), False, _left_alone(trainer)
     return epoch
+
+
+@contextmanager
+def _reduced(model: Any) -> Iterator[None]:
+    """Let DDP reduce what `backward` adds meanwhile, although it was asked not to."""
+    before = getattr(model, "require_backward_grad_sync", None)
+    if before is None:  # one process
+        yield
+        return
+    model.require_backward_grad_sync = True
+    try:
+        yield
+    finally:
+        model.require_backward_grad_sync = before
 
 
 def _reference(thing: Any) -> Callable[[], Any]:
@@ -381,6 +404,17 @@ def _epoch_length(trainer: Any) -> tuple[int, int]:
     return (rows, batches) if epochs > 1 else (0, 0)
 
 
+def _unreduced(trainer: Any) -> str | None:
+    if live_shape(_TRAINER + "_inner_training_loop") not in _LAST_IS_NOT_REDUCED:
+        return None
+    several = ranks(trainer) > 1 and not uses_deepspeed(trainer)
+    return f"{ranks(trainer)} ranks, {_kind(trainer)}" if several else None
+
+
+def _kind(trainer: Any) -> str:
+    return str(trainer.accelerator.distributed_type).rpartition(".")[2]
+
+
 _REACHED: Mapping[str, Callable[..., str | None]] = {
     "TF-0402": _by_rank,
     "TF-0403": _divided_twice,
@@ -389,17 +423,20 @@ _REACHED: Mapping[str, Callable[..., str | None]] = {
     "TF-0408": _mean,
     "TF-0409": _end_not_read,
     "TF-0410": _across_epochs,
+    "TF-0411": _unreduced,
 }
 
 
 def _repairs(trainer: Any) -> bool:
+    if _unreduced(trainer):
+        return _kind(trainer).startswith("MULTI_")  # DDP
     if _divided_twice(trainer):
         return True
     return _left_alone(trainer) is None and (steps(trainer) > 1 or ranks(trainer) > 1)
 
 
 def _own(trainer: Any) -> str | None:
-    return None if _divided_twice(trainer) else own_loss(trainer)
+    return None if _divided_twice(trainer) or _unreduced(trainer) else own_loss(trainer)
 
 
 def _target(name: str, *shapes: str) -> Target:

@@ -76,7 +76,9 @@ def _title(finding: Finding, report: Report, colour: bool, text: str) -> Iterato
 def _head(report: Report, waiting: bool) -> Iterator[str]:
     packages = ", ".join(f"{name} {version}" for name, version in report.packages.items())
     said = packages or "no known package installed"
-    yield f"trainfix {__version__}, catalogue of {report.catalogue}, python {report.python}, {said}"
+    yield from _folded(
+        f"trainfix {__version__}, catalogue of {report.catalogue}, python {report.python}, {said}", "", "  "
+    )
     for remark in report.remarks:
         yield from wrapped("note", remark, indent=0)
     if waiting and not report.configs:

@@ -28,7 +28,7 @@ def test_any_mixture_is_recovered(current: list[float], earlier: list[float], se
     found = measure(own, consumed, earlier=old, rcond=1e-12)
     assert found.current == pytest.approx(current, abs=1e-9)
     assert found.earlier == pytest.approx(earlier, abs=1e-9)
-    assert found.residual < 1e-9 or float(consumed.norm()) < 1e-6
+    assert found.residual * float(consumed.norm()) < 1e-9  # what is unexplained: float64's rounding of the rows
     assert found.determined
 
 

@@ -1,4 +1,7 @@
-"""Writes what `make demo` prints into README.md, between its demo markers: run it after `make demo`."""
+"""Writes what `make demo` prints into README.md, between its demo markers.
+
+Run it after `make demo` in a fresh clone: after `make test` the demo finds the trainers that the tests install, too.
+"""
 
 from __future__ import annotations
 

@@ -7,10 +7,11 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import packaging
 import pytest
 
 from tests.support.releases import release
@@ -60,11 +61,19 @@ def masked(text: str) -> list[str]:
     return [re.sub(r"\s+", " ", line).strip() for line in numbers.splitlines()]
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, beside: Sequence[Path] = ()) -> subprocess.CompletedProcess[str]:
     """Run a command in the checkout, with DeepSpeed 0.18.9 and trainfix laid over this environment."""
-    path = os.pathsep.join([str(release(RELEASE)), str(CHECKOUT / "src")])
+    path = os.pathsep.join(map(str, [release(RELEASE), CHECKOUT / "src", *beside]))
     variables = os.environ | {"PYTHONPATH": path}
     return subprocess.run(command, cwd=CHECKOUT, env=variables, capture_output=True, text=True, check=False)
+
+
+def without_the_tests_packages(folder: Path) -> Path:
+    """What a reader of `make demo` alone has beside DeepSpeed, as far as doctor looks: torch, and packaging."""
+    site = Path(packaging.__file__).parents[1]
+    for found in (site / "packaging", *site.glob("packaging-*.dist-info"), *site.glob("torch-*.dist-info")):
+        (folder / found.name).symlink_to(found)
+    return folder
 
 
 SHOWN = [command for command in commands() if not command.line.startswith("make ")]
@@ -77,10 +86,14 @@ def test_the_readme_shows_the_commands_and_the_programs() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", SHOWN, ids=lambda command: command.line)
-def test_a_command_prints_what_the_readme_shows(command: Command) -> None:
+def test_a_command_prints_what_the_readme_shows(command: Command, tmp_path: Path) -> None:
     program, *arguments = shlex.split(command.line)
     assert program == "trainfix"
-    done = run(sys.executable, "-m", program, *arguments)
+    if arguments[0] == "doctor":
+        beside = [without_the_tests_packages(tmp_path)]
+        done = run(sys.executable, "-S", "-m", program, *arguments, beside=beside)
+    else:
+        done = run(sys.executable, "-m", program, *arguments)
     assert done.returncode == command.code, done.stderr
     assert masked(done.stdout) == masked(command.output)
 

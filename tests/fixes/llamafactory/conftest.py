@@ -1,11 +1,9 @@
-"""Every child process is started once per test session, however many workers ask for what it found."""
+"""Runs of LLaMA-Factory's trainers: every child process is started once per session."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,38 +16,31 @@ Results = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Results]:
+def runs(once: Callable[..., Any]) -> Callable[..., Results]:
     """Runs a table of configurations (see llamafactory_runs) in one child, and gives back the results by name.
 
     `packages`: a LLaMA-Factory release, and what is to differ from what it is run with. `altered`: file of its ->
     (old text, new text).
     """
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base  # xdist gives each worker a folder of its own
 
-    def run(
-        packages: Mapping[str, str],
-        table: Mapping[str, Mapping[str, Any]],
-        *,
-        trainfix: bool,
-        altered: Mapping[str, tuple[str, str]] | None = None,
-        **options: Any,
-    ) -> Results:
-        asked = json.dumps([packages, table, trainfix, altered, options], sort_keys=True)
-        name = hashlib.sha256(asked.encode()).hexdigest()[:16]
-        file = shared / f"llamafactory-{packages['llamafactory']}-{name}.json"
-        with file.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not file.exists():
-                folders = llamafactory_runs.stack(**packages)
-                if altered is not None:
-                    folders.insert(0, _altered(packages["llamafactory"], altered, shared / f"altered-{name}"))
-                found = llamafactory_runs.run(folders, list(table.values()), trainfix=trainfix, **options)
-                file.write_text(json.dumps(dict(zip(table, found, strict=True))))
-        results: Results = json.loads(file.read_text())
-        return results
+    def run(packages: Mapping[str, str], table: Mapping[str, Mapping[str, Any]], **options: Any) -> Results:
+        return dict(zip(table, once(on_stack, packages, list(table.values()), **options), strict=True))
 
     return run
+
+
+def on_stack(
+    packages: Mapping[str, str],
+    configurations: list[Any],
+    *,
+    altered: Mapping[str, tuple[str, str]] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    folders = llamafactory_runs.stack(**packages)
+    with tempfile.TemporaryDirectory() as place:
+        if altered is not None:
+            folders.insert(0, _altered(packages["llamafactory"], altered, Path(place, "altered")))
+        return llamafactory_runs.run(folders, configurations, **options)
 
 
 def _altered(version: str, changes: Mapping[str, tuple[str, str]], place: Path) -> Path:

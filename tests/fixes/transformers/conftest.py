@@ -1,10 +1,8 @@
-"""Every child process is started once per test session, however many workers ask for what it found."""
+"""Runs of transformers' Trainer: every child process is started once per session."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,41 +16,34 @@ Results = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Results]:
+def runs(once: Callable[..., Any]) -> Callable[..., Results]:
     """Runs a table of configurations (see trainer_runs) on released packages in one child, and gives back the results
     by name. `altered`: file of transformers -> (old text, new text)."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base  # xdist gives each worker a folder of its own
 
-    def run(
-        packages: Mapping[str, str],
-        table: Mapping[str, Mapping[str, Any]],
-        *,
-        trainfix: bool,
-        altered: Mapping[str, tuple[str, str]] | None = None,
-        **options: Any,
-    ) -> Results:
-        asked = json.dumps([packages, table, trainfix, altered, options], sort_keys=True)
-        name = hashlib.sha256(asked.encode()).hexdigest()[:16]
-        file = shared / f"transformers-{packages['transformers']}-{name}.json"
-        with file.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not file.exists():
-                folders = stack(**packages)
-                if altered is not None:
-                    folders.insert(0, _altered(packages["transformers"], altered, shared / f"altered-{name}"))
-                found = trainer_runs.run(folders, list(table.values()), trainfix=trainfix, **options)
-                file.write_text(json.dumps(dict(zip(table, found, strict=True))))
-        results: Results = json.loads(file.read_text())
-        return results
+    def run(packages: Mapping[str, str], table: Mapping[str, Mapping[str, Any]], **options: Any) -> Results:
+        return dict(zip(table, once(on_stack, packages, list(table.values()), **options), strict=True))
 
     return run
+
+
+def on_stack(
+    packages: Mapping[str, str],
+    configurations: list[Any],
+    *,
+    altered: Mapping[str, tuple[str, str]] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    folders = stack(**packages)
+    with tempfile.TemporaryDirectory() as place:
+        if altered is not None:
+            folders.insert(0, _altered(packages["transformers"], altered, Path(place)))
+        return trainer_runs.run(folders, configurations, **options)
 
 
 def _altered(version: str, changes: Mapping[str, tuple[str, str]], place: Path) -> Path:
     """A folder with this release of transformers, some of whose files have another text; the others are links."""
     released = folder("transformers", version)
-    (place / "transformers").mkdir(parents=True)
+    (place / "transformers").mkdir()
     for file in (released / "transformers").iterdir():
         if file.name not in changes:
             (place / "transformers" / file.name).symlink_to(file)

@@ -70,21 +70,9 @@ def run(
 
     `program` is the module that the children run: one that calls `main` with its own `perform`.
     """
-    environment = stacks.environment(*folders, trainfix=trainfix) | {"OMP_NUM_THREADS": "1", **(env or {})}
-    end = time.monotonic() + timeout
-    results: list[Result] = []
-    while len(results) < len(configurations):
-        with tempfile.TemporaryDirectory() as folder:
-            wanted = Path(folder, "configurations.json")
-            wanted.write_text(json.dumps([dict(one) for one in configurations[len(results) :]]))
-            lines, problem = experiment._run_children(program, wanted, environment, trainfix, ranks, end)
-        results += lines[1:]
-        if problem is None or (len(lines) > 1 and lines[-1]["error"]):
-            continue
-        hopeless = not lines or time.monotonic() > end
-        lost = configurations[len(results) :] if hopeless else configurations[len(results) :][:1]
-        results += [{"configuration": dict(one), "error": problem, "windows": []} for one in lost]
-    return results
+    variables = stacks.environment(*folders, trainfix=trainfix) | dict(env or {})
+    how: dict[str, Any] = {"trainfix": trainfix, "ranks": ranks, "timeout": timeout, "program": program}
+    return experiment.run(stacks.ROOT, configurations, env=variables, **how)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,12 +180,17 @@ def run_trainer(values: Mapping[str, Any], result: Result) -> None:
     try:
         trainer.train()
     finally:
-        result["windows"] = watch.windows
-        result["logs"] = [{key: one[key] for key in ("loss", "grad_norm", "train_loss") if key in one}
-                          for one in trainer.state.log_history]  # fmt: skip
-        result["left_over"] = len(watch.seen)  # micro-batches of a window that never ended
-        if configuration.deepspeed is not None:
-            trainer.accelerator.free_memory()
+        report(trainer, watch, configuration, result)
+
+
+def report(trainer: Any, watch: Any, configuration: Configuration, result: Result) -> None:
+    """Write into the result what a run has shown so far."""
+    keys = ("loss", "grad_norm", "train_loss")
+    result["windows"] = watch.windows
+    result["logs"] = [{key: one[key] for key in keys if key in one} for one in trainer.state.log_history]
+    result["left_over"] = len(watch.seen)  # micro-batches of a window that never ended
+    if configuration.deepspeed is not None:
+        trainer.accelerator.free_memory()
 
 
 def training_arguments(configuration: Configuration, *, kind: Any = None, **more: Any) -> Any:

@@ -74,12 +74,7 @@ def perform(values: Mapping[str, Any], result: Result) -> None:
     try:
         trainer.train()
     finally:
-        result["windows"] = watch.windows
-        result["logs"] = [{key: one[key] for key in ("loss", "grad_norm", "train_loss") if key in one}
-                          for one in trainer.state.log_history]  # fmt: skip
-        result["left_over"] = len(watch.seen)
-        if configuration.deepspeed is not None:
-            trainer.accelerator.free_memory()
+        trainer_runs.report(trainer, watch, configuration, result)
 
 
 def _texts(count: int, lengths: Sequence[int]) -> list[tuple[list[str], list[str]]]:

@@ -138,7 +138,7 @@ def on_import(module: str) -> None:
             for fix in fixes:
                 if fix.modules <= _executed:
                     _consider(fix)
-            if not any(_under_way(name) for name in TARGETS) and _complete(module.partition(".")[0]):
+            if not any(_under_way(name) for name in TARGETS):
                 _announce()  # one summary for all
     except UnfixedBugError:
         raise
@@ -153,11 +153,6 @@ def _under_way(module: str) -> bool:
     """Whether a target is being executed right now, further up this stack or in another thread."""
     spec = getattr(sys.modules.get(module), "__spec__", None)
     return module not in _executed and bool(getattr(spec, "_initializing", False))
-
-
-def _complete(package: str) -> bool:
-    """Whether the package that a target is part of has been imported, as far as it is known when that ends."""
-    return package not in TARGETS or package not in sys.modules or package in _executed
 
 
 def _consider(fix: Fix, *, anew: bool = False) -> None:

@@ -45,12 +45,13 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
 )
 
 
-def trained(labels: Any) -> int:
-    """The tokens of a batch that a causal language model is trained on. `labels` [rows, length] on the host.
+def trained(labels: Any) -> Any:
+    """The tokens of a batch that a causal language model is trained on: a 0-dim int64 tensor where `labels`
+    [rows, length] are, so nobody waits for a device.
 
     The first label of a row is never predicted.
     """
-    return int((labels[..., 1:] != IGNORED).sum())
+    return (labels[..., 1:] != IGNORED).sum()
 
 
 def over_ranks(tokens: Any, group: Any = None, device: Any = None, *, dtype: Any = None) -> Any:

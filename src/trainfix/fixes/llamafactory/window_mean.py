@@ -131,7 +131,7 @@ def _trained(batch: Mapping[str, Any]) -> Any:
     labels = batch.get("labels")
     if labels is None:
         return torch.zeros((), dtype=torch.int64)
-    return (labels[..., 1:] != token_weighting.IGNORED).sum()
+    return token_weighting.trained(labels)
 
 
 def _is_asft(trainer: Any) -> bool:

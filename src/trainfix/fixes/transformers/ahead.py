@@ -195,9 +195,9 @@ def _counted(loader: Iterable[Any]) -> Iterator[_Batch]:
         if labels is None:
             yield batch, None
         elif labels.device.type == "cpu":
-            yield batch, token_weighting.trained(labels)
+            yield batch, int(token_weighting.trained(labels))
         else:
-            yield batch, (labels[..., 1:] != token_weighting.IGNORED).sum()
+            yield batch, token_weighting.trained(labels)
 
 
 @contextmanager

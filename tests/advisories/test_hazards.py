@@ -13,7 +13,9 @@ from tests.support.releases import RELEASES, release
 from trainfix import advisories
 from trainfix.advisories import hazards
 from trainfix.advisories.hazards import between, in_force
-from trainfix.environment.runconfig import CHANGED_DEFAULTS, RunConfig, load
+from trainfix.environment.configs import load_run as load
+from trainfix.environment.runconfig import RunConfig
+from trainfix.environment.runconfig.deepspeed import CHANGED_DEFAULTS
 
 CONFIG, CONSTANTS, ENGINE = "runtime/config.py", "runtime/constants.py", "runtime/engine.py"
 PRECISION, SCALER = "runtime/precision_config.py", "runtime/fp16/loss_scaler.py"

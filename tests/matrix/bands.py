@@ -15,8 +15,8 @@ from packaging.version import Version
 
 from tests.matrix import shapes
 
-_DEEPSPEED = (("0", "0.15.4"), ("4.47.0", "0.16.9"))
-"""From a transformers release on -> DeepSpeed. Before 4.47 Trainer steps inside `no_sync`, which 0.16 forbids."""
+_DEEPSPEED = (("0", "0.15.4"), ("4.47.1", "0.16.9"))
+"""From a transformers release on -> DeepSpeed. Before 4.47.1 Trainer steps inside `no_sync`, which 0.16 forbids."""
 
 _ZERO: Mapping[str, Any] = {"deepspeed": {"stage": 1}}
 

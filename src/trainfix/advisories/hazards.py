@@ -18,6 +18,7 @@ from typing import Any, Literal
 from trainfix.advisories import RecordError, Trigger, _trigger
 from trainfix.advisories.reach import condition, reach
 from trainfix.environment.runconfig import RunConfig, is_since, shown
+from trainfix.environment.runconfig.deepspeed import decides
 
 TABLE = Path(__file__).with_name("hazards.json")
 _NAMES = {"deepspeed": "DeepSpeed"}
@@ -109,7 +110,7 @@ def in_force(package: str, installed: str, config: RunConfig) -> tuple[Hazard, .
 
 def _left_open(hazard: Hazard, config: RunConfig, release: str) -> Hazard | None:
     """The hazard with the triggers that the file leaves open; None if the file decides it, or rules it out."""
-    if any(config.sets(key) for key in (hazard.key, *hazard.unless) if key is not None):
+    if any(decides(config, key) for key in (hazard.key, *hazard.unless) if key is not None):
         return None
     answers = [(one, reach([one], config, release).reachable) for one in hazard.triggers]
     if any(answer == "no" for _, answer in answers):

@@ -51,14 +51,14 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Examine, render, and return the exit code."""
     from trainfix.cli.examine import examine
-    from trainfix.environment.runconfig import ConfigError, load
+    from trainfix.environment.configs import ConfigError, load
 
     unexplained = [one for one in args.ignore if not (args.reasons.get(one) or "").strip()]
     if unexplained:
         raise base.UsageError(f"--ignore {unexplained[0]} needs its own --reason TEXT right after it")
     base.check_output(args.output)
     try:
-        configs = [load(path) for path in args.config]
+        configs = load(args.config)
     except ConfigError as error:
         raise base.UsageError(f"--config: {error}") from None
     report = examine(

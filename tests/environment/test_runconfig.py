@@ -45,6 +45,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return write
 
 
+def at(release: str | None) -> dict[str, str]:
+    """The versions that a default of DeepSpeed's may depend on."""
+    return {} if release is None else {"deepspeed": release}
+
+
 def zero(**section: object) -> dict[str, object]:
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section}
 
@@ -252,7 +257,7 @@ BF16 = {"bf16": {"enabled": True}}
     ],
 )
 def test_type_of_the_accumulated_gradient_as_deepspeed_derives_it(config, content, release, kind):
-    setting = config(content).setting(ACCUMULATION_TYPE, release)
+    setting = config(content).setting(ACCUMULATION_TYPE, at(release))
     assert setting.value == kind
     assert "ds.json" in setting.because
 
@@ -268,23 +273,23 @@ def test_type_of_the_model_follows_the_two_switches(config):
 
 def test_a_default_that_changed_needs_the_release(config):
     read = config({})
-    assert [read.value(CLIPPING, one) for one in ("0.14.0", "0.19.2", "0.19.3", "0.20.dev0")] == [0, 0, 1, 1]
-    assert read.value(CLIPPING) is read.value(CLIPPING, "main") is UNKNOWN
-    assert read.setting(CLIPPING, "0.19.8").because == (
+    assert [read.value(CLIPPING, at(one)) for one in ("0.14.0", "0.19.2", "0.19.3", "0.20.dev0")] == [0, 0, 1, 1]
+    assert read.value(CLIPPING) is read.value(CLIPPING, at("main")) is UNKNOWN
+    assert read.setting(CLIPPING, at("0.19.8")).because == (
         "gradient_clipping is not set (ds.json): DeepSpeed takes 1.0 from 0.19.3 on"
     )
     assert read.setting(CLIPPING).because.endswith("DeepSpeed takes 0.0 before 0.19.3, 1.0 from there on")
-    assert config({CLIPPING: 0.5}).value(CLIPPING, "0.14.0") == 0.5
+    assert config({CLIPPING: 0.5}).value(CLIPPING, at("0.14.0")) == 0.5
 
 
 def test_unmanaged_accumulation_is_read_from_0_19_4_on(config):
     read = config({MANAGED: False})
-    assert [read.value(MANAGED, one) for one in ("0.19.3", "0.19.4", None)] == [True, False, UNKNOWN]
-    assert read.setting(MANAGED, "0.19.3").because == (
+    assert [read.value(MANAGED, at(one)) for one in ("0.19.3", "0.19.4", None)] == [True, False, UNKNOWN]
+    assert read.setting(MANAGED, at("0.19.3")).because == (
         "managed_gradient_accumulation = false (ds.json): DeepSpeed before 0.19.4 does not read it"
     )
     assert config({}).value(MANAGED) is config({MANAGED: True}).value(MANAGED) is True
-    assert [config({MANAGED: "auto"}).value(MANAGED, one) for one in ("0.19.3", "0.19.4")] == [True, UNKNOWN]
+    assert [config({MANAGED: "auto"}).value(MANAGED, at(one)) for one in ("0.19.3", "0.19.4")] == [True, UNKNOWN]
 
 
 def test_a_file_decides_a_key_that_it_sets_or_leaves_to_the_program(config):
@@ -474,7 +479,7 @@ def test_deepspeed_0_18_9_itself_reads_the_configs_as_we_do(config, deepspeed_sa
     for content, found in zip(ASKED, deepspeed_says["config"], strict=True):
         read = config(content)
         keys = (STAGE, DEVICE, STEPS, OVERLAP, "bf16.enabled", CLIPPING, MODEL_TYPE, ACCUMULATION_TYPE)
-        said = [read.value(key, "0.18.9") for key in keys]
+        said = [read.value(key, at("0.18.9")) for key in keys]
         assert [TORCH_TYPES.get(value, value) for value in said] == found, content
 
 

@@ -6,7 +6,7 @@ What is ours in a record stands under ``database_specific.trainfix``; the rest i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -34,12 +34,15 @@ class UnknownAdvisory(Exception):
 
 @dataclass(frozen=True)
 class Trigger:
-    """One condition for reaching the error: `key` with `equals` or `at_least`, or `when`, which no config can show."""
+    """One condition for reaching the error: `key` with `equals`, `at_least` or `above`; `when`, which no config can
+    show; or `any_of` several, one of which is enough."""
 
     key: str | None = None
     equals: tuple[object, ...] = ()
     at_least: float | None = None
+    above: float | None = None
     when: str | None = None
+    any_of: tuple[Trigger, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,11 +159,9 @@ def _advisory(record: dict[str, Any]) -> Advisory:
     )
 
 
-def _trigger(
-    key: str | None = None, equals: object = (), at_least: float | None = None, when: str | None = None
-) -> Trigger:
+def _trigger(*, equals: object = (), any_of: Sequence[Mapping[str, Any]] = (), **fields: Any) -> Trigger:
     values = tuple(equals) if isinstance(equals, (list, tuple)) else (equals,)
-    return Trigger(key=key, equals=values, at_least=at_least, when=when)
+    return Trigger(equals=values, any_of=tuple(_trigger(**one) for one in any_of), **fields)
 
 
 def judge(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, str | None]) -> Verdict:
@@ -179,6 +180,32 @@ def judge(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, 
             return Verdict(_VERDICT_OF[kind], "shape", shape)
     shape = next((shapes[target] for target in advisory.evidence if shapes.get(target)), None)
     return Verdict(_by_version(advisory, versions[advisory.package]), "version", shape)
+
+
+def judge_version(advisory: Advisory, versions: Mapping[str, str]) -> Verdict:
+    """The verdict where only versions are known: ``unknown`` for one in the range that we have not read."""
+    verdict = _by_version(advisory, versions[advisory.package])
+    if unmet(advisory, versions) is not None:
+        verdict = "not-affected"
+    elif verdict == "unknown":
+        verdict = _by_list(advisory, versions[advisory.package])
+    return Verdict(verdict, "version", None)
+
+
+def _by_list(advisory: Advisory, version: str) -> VerdictName:
+    """Whether the release is among those that have the error. A local build (``0.18.9+cu124``) is its release."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        release = Version(Version(version).public)
+    except InvalidVersion:
+        return "unknown"
+    if any(Version(one) == release for one in advisory.affected):
+        return "affected"
+    if advisory.fixed_in is not None and release >= Version(advisory.fixed_in):
+        return "fixed-upstream"
+    known = {Version(one) for other in load_all() if other.package == advisory.package for one in other.affected}
+    return "not-affected" if release in known else "unknown"
 
 
 def unmet(advisory: Advisory, versions: Mapping[str, str]) -> str | None:

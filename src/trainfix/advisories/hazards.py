@@ -110,9 +110,11 @@ def in_force(package: str, installed: str, config: RunConfig) -> tuple[Hazard, .
 
 def _left_open(hazard: Hazard, config: RunConfig, release: str) -> Hazard | None:
     """The hazard with the triggers that the file leaves open; None if the file decides it, or rules it out."""
+    if config.value("deepspeed") is False:
+        return None
     if any(decides(config, key) for key in (hazard.key, *hazard.unless) if key is not None):
         return None
-    answers = [(one, reach([one], config, release).reachable) for one in hazard.triggers]
+    answers = [(one, reach([one], config, {hazard.package: release}).reachable) for one in hazard.triggers]
     if any(answer == "no" for _, answer in answers):
         return None
     return replace(hazard, triggers=tuple(one for one, answer in answers if answer == "unknown"))

@@ -16,14 +16,14 @@ from typing import Final
 # What a run has beside DeepSpeed's keys -> in words. Where no file says it, it is UNKNOWN.
 RUN_KEYS: Mapping[str, str] = MappingProxyType(
     {
-        "framework": "the program that trains",
-        "task": "the kind of training (sft, pt, dpo, ...)",
-        "deepspeed": "whether the run uses DeepSpeed",
-        "ranks": "the number of data-parallel ranks",
-        "epochs": "the number of epochs",
-        "label_smoothing_factor": "label_smoothing_factor",
-        "average_tokens_across_devices": "average_tokens_across_devices",
-        "use_asft_loss": "use_asft_loss",
+        "framework": "which program trains",
+        "task": "what kind of training it is (sft, pt, dpo, ...)",
+        "deepspeed": "whether DeepSpeed is used",
+        "ranks": "how many data-parallel ranks there are",
+        "epochs": "how many epochs there are",
+        "label_smoothing_factor": "whether labels are smoothed (label_smoothing_factor)",
+        "average_tokens_across_devices": "whether average_tokens_across_devices is set",
+        "use_asft_loss": "whether use_asft_loss is set",
     }
 )
 
@@ -36,6 +36,7 @@ class Unknown(Enum):
 
 # The value of a key that the files leave open, such as "auto".
 UNKNOWN: Final = Unknown.UNKNOWN
+_NO_VERSIONS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,30 @@ class Open:
     """Stands for a value that the files leave open. `why` is one line that names the file."""
 
     why: str
+
+
+@dataclass(frozen=True)
+class ByRelease:
+    """Stands for a default that depends on the installed release of a package: `before`, and what each release of
+    `since` brought, oldest first. A value may be a `ByRelease` itself."""
+
+    package: str
+    before: object
+    since: tuple[tuple[str, object], ...]
+
+    def at(self, versions: Mapping[str, str]) -> object:
+        """The default with these versions, UNKNOWN where the package's is not known or cannot be ordered."""
+        value: object = self.before
+        for release, then in self.since:
+            reached = is_since(versions.get(self.package), release)
+            if reached is None:
+                return UNKNOWN
+            value = then if reached else value
+        return value.at(versions) if isinstance(value, ByRelease) else value
+
+    def __str__(self) -> str:
+        changes = ", ".join(f"{_said(value)} from {release} on" for release, value in self.since)
+        return f"{_said(self.before)} before {self.package} {self.since[0][0]}, {changes}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +95,7 @@ class RunConfig:
     """One run. `source` names its files as the user typed them.
 
     `values` are under flat dotted keys; `Open` is what a file leaves open, under the empty key all that is not set
-    elsewhere; ``"auto"`` is what nobody has filled in.
+    elsewhere; `ByRelease` a default of the program; ``"auto"`` is what nobody has filled in.
     `origins` has the place of those that are not written under their own key in `source`.
     """
 
@@ -78,22 +103,25 @@ class RunConfig:
     values: Mapping[str, object]
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
-    def value(self, key: str, release: str | None = None) -> object:
+    def value(self, key: str, versions: Mapping[str, str] = _NO_VERSIONS) -> object:
         """What the run uses for `key`: the file's value, DeepSpeed's default, None if it has none, or UNKNOWN."""
-        return self.setting(key, release).value
+        return self.setting(key, versions).value
 
-    def setting(self, key: str, release: str | None = None) -> Setting:
-        """The value that the run uses for `key` with DeepSpeed `release`, and the reason as one line.
+    def setting(self, key: str, versions: Mapping[str, str] = _NO_VERSIONS) -> Setting:
+        """The value that the run uses for `key` with these packages (name -> version), and the reason as one line.
 
-        Without a release, a default that depends on it is UNKNOWN.
+        Without a package's version, a default that depends on it is UNKNOWN.
         """
         from trainfix.environment.runconfig.deepspeed import setting
 
+        value = self.values.get(key)
+        if isinstance(value, ByRelease):
+            return self.said(key, value=value.at(versions))
         if key not in RUN_KEYS:
-            return setting(self, key, release)
+            return setting(self, key, versions.get("deepspeed"))
         if key in self.values:
             return self.plain(key)
-        return Setting(UNKNOWN, f"{RUN_KEYS[key]} is not said ({self.source})")
+        return Setting(UNKNOWN, f"{self.source} does not say {RUN_KEYS[key]}")
 
     def has(self, key: str) -> bool:
         """Whether the files set `key`, a value or a section, to anything but null."""
@@ -137,9 +165,13 @@ class RunConfig:
 
 def shown(value: object) -> str:
     """A value as a JSON file has it, a word without its quotes."""
-    if isinstance(value, Open):
-        return "unknown"
+    if isinstance(value, (Open, ByRelease)):
+        return str(value) if isinstance(value, ByRelease) else "unknown"
     return value if isinstance(value, str) and value != "auto" else json.dumps(value, default=str)
+
+
+def _said(value: object) -> str:
+    return f"({value})" if isinstance(value, ByRelease) else shown(value)
 
 
 def instead(setting: Setting, value: object, because: str = "") -> Setting:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from trainfix.cli.proof_text import prove_text
+from trainfix.cli.prove import SECONDS, Progress
 
 from .test_commands import environment, release, shell
 
@@ -20,7 +29,9 @@ def test_the_error_of_0_18_9_is_shown_and_gone_with_the_repair(tmp_path):
     argv = ("prove", "tf-0001", "--format", "json", "-o", str(report))
     answer = shell(*argv, env=environment(release("0.18.9")))
     assert (answer.returncode, answer.stdout) == (0, "")
-    assert "trainfix: proof 1 of 1: TF-0001 ..." in answer.stderr
+    assert re.fullmatch(
+        r"\[1/1\] TF-0001 shown, gone with the repair, \d+\.\d s\ntrainfix: report written to .*\n", answer.stderr
+    )
     content = json.loads(report.read_text())
     assert (content["schema"], content["exit"], content["packages"]) == (1, 0, {"deepspeed": "0.18.9"})
     (proof,) = content["proofs"]
@@ -38,13 +49,115 @@ def test_a_repaired_release_has_nothing_to_prove(trainfix, catalogue, monkeypatc
         assert f"{advisory_id} on deepspeed 0.19.8: does not apply" in answer.out
     assert "TF-0014" not in answer.out + answer.err
     assert answer.out.endswith("none of these errors applies here (exit 0)\n")
+    assert answer.err == ""
 
 
 def test_an_unwritable_place_is_said_before_the_work(tmp_path):
     answer = shell("prove", "TF-0001", "-o", str(tmp_path / "absent/report"), env=environment(release("0.18.9")))
     assert (answer.returncode, answer.stdout) == (2, "")
     assert "absent is not a directory" in answer.stderr
-    assert "proof 1" not in answer.stderr
+    assert "TF-0001" not in answer.stderr
+
+
+def slow_torch(folder: Path, *, runs_first: int) -> dict[str, str]:
+    """DeepSpeed 0.18.9 with a torch that fails at once in the first processes, and in those after them never ends."""
+    count = folder / "processes"
+    (folder / "torch.py").write_text(
+        f"""
+import os, time
+with open({str(count)!r}, "a+") as file:
+    file.write(f"{{os.getpid()}}\\n")
+    file.flush()
+    file.seek(0)
+    if len(file.readlines()) > {runs_first}:
+        time.sleep(60)
+raise ImportError("no torch")
+"""
+    )
+    return environment(folder, release("0.18.9"))
+
+
+@pytest.mark.parametrize(
+    ("runs_first", "said"),
+    [
+        (0, r"trainfix: interrupted before the first proof was done\n"),
+        # Two interpreters that import beforehand, and two experiments.
+        (4, r"\[1/8\] TF-0001 could not be run, .* s\ntrainfix: interrupted; 1 of 8 proofs were done: TF-0001\n"),
+    ],
+)
+def test_an_interrupt_stops_the_children_and_says_what_was_done(runs_first, said, tmp_path):
+    processes = tmp_path / "processes"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainfix", "prove"],
+        env=slow_torch(tmp_path, runs_first=runs_first),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started = []
+    until = time.monotonic() + 30
+    while len(started) < runs_first + 2 and time.monotonic() < until:
+        time.sleep(0.05)
+        started = processes.read_text().split() if processes.exists() else []
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert re.fullmatch(said, err)
+    assert len(started) == runs_first + 2
+    assert not [pid for pid in started if os.path.exists(f"/proc/{pid}")]
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def progress_on(stream: io.StringIO) -> str:
+    progress = Progress(stream)
+    progress(1, 2, "TF-0001", None)
+    progress(1, 2, "TF-0001", record(seconds=7.12))
+    return stream.getvalue()
+
+
+def test_progress_is_one_line_per_finished_proof_and_on_a_terminal_also_what_runs_now(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    done = "[1/2] TF-0001 shown, gone with the repair, 7.1 s\n"
+    assert progress_on(io.StringIO()) == done
+    assert progress_on(Terminal()) == f"\r\033[K[1/2] TF-0001 ...\r\033[K{done}"
+    monkeypatch.setenv("TERM", "dumb")
+    assert progress_on(Terminal()) == done
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"repaired": False}, "shown, NOT gone with the repair"),
+        ({"repaired": None}, "shown"),
+        ({"reproduced": False, "repaired": None}, "not shown"),
+        ({"reproduced": None, "repaired": None}, "could not be run"),
+        ({"applicable": False, "reproduced": False, "repaired": None}, "not there"),
+        ({"applicable": False, "reproduced": True, "repaired": None}, "shown"),
+    ],
+)
+def test_progress_tells_the_outcomes_apart(changes, words):
+    stream = io.StringIO()
+    Progress(stream)(1, 1, "TF-0001", record(**changes))
+    assert stream.getvalue() == f"[1/1] TF-0001 {words}, 1.0 s\n"
+
+
+@pytest.mark.parametrize(("argv", "seconds"), [((), SECONDS), (("TF-0001",), None)])
+def test_what_the_user_names_is_proved_however_long_it_takes(trainfix, monkeypatch, argv, seconds):
+    asked = {}
+
+    def prove_all(ids, **how):
+        asked.update(how)
+        return []
+
+    monkeypatch.setattr("trainfix.proofs.prove_all", prove_all)
+    assert trainfix("prove", *argv).code == 0
+    assert (asked["seconds"], asked["named"]) == (seconds, list(argv))
 
 
 def record(**changes: object) -> dict[str, object]:

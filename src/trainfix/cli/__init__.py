@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 
-from trainfix.cli import catalogue, doctor, prove
+from trainfix.cli import catalogue, doctor, enable, prove, run
 from trainfix.cli.base import OK, UNDECIDED, USAGE, Parser, Undecided, UsageError, nearest
 
 EPILOG = "Exit codes: 0 fine; 1 something reachable is not repaired; 2 usage; 3 could not decide."
@@ -38,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: object, code: int) -> int:
-    print(f"trainfix: {error}", file=sys.stderr)
+    from trainfix.environment.printable import printable
+
+    print("\n".join(map(printable, f"trainfix: {error}".split("\n"))), file=sys.stderr)
     return code
 
 
@@ -73,9 +76,10 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=version)
     added = parser.add_subparsers(metavar="COMMAND")
     commands: dict[str, Parser] = {}
-    for name, about, options, run in (*doctor.COMMANDS, *prove.COMMANDS, *catalogue.COMMANDS):
+    modules = (doctor, prove, catalogue, run, enable)
+    for name, about, options, act in chain.from_iterable(module.COMMANDS for module in modules):
         command = commands[name] = added.add_parser(name, help=about, description=about, epilog=EPILOG)
         command.add_argument("--version", action="version", version=version)
-        command.set_defaults(run=run)
+        command.set_defaults(run=act)
         options(command)
     return parser, commands

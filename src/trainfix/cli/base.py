@@ -60,9 +60,15 @@ def advisory_id(word: str) -> str:
     return one_of("advisory", [advisory.id for advisory in load_all()])(word.upper())
 
 
-def add_report_options(parser: argparse.ArgumentParser) -> None:
-    """--format and -o, the same for every command that writes a report."""
-    parser.add_argument("--format", type=one_of("format", ("text", "json")), default="text", metavar="text|json")
+def add_report_options(parser: argparse.ArgumentParser, formats: Sequence[str] = ("text", "json")) -> None:
+    """--format, the first of `formats` by default, and -o, the same for every command that writes a report."""
+    parser.add_argument(
+        "--format",
+        type=one_of("format", formats),
+        default=formats[0],
+        metavar="|".join(formats),
+        help=f"how to write the report (default: {formats[0]})",
+    )
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="write the report to FILE (atomically) instead of stdout"
     )

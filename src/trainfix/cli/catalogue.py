@@ -8,7 +8,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from trainfix.cli import base
-from trainfix.cli.text import WIDTH, wrapped
+from trainfix.cli.page import WIDTH, wrapped
 
 if TYPE_CHECKING:
     from trainfix.advisories import Advisory, SourcePatch

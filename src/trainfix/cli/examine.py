@@ -5,21 +5,23 @@ Everything is read from metadata and source text: nothing of the examined packag
 
 from __future__ import annotations
 
-import platform
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from trainfix import settings
-from trainfix.advisories import Advisory, Verdict, judge, load_all, unmet
+from trainfix.activation.found import active_in
+from trainfix.advisories import Advisory, Verdict, holds, judge, judge_version, load_all, unmet
 from trainfix.advisories.hazards import Hazard, between, in_force
 from trainfix.advisories.reach import Reach, reach_any
 from trainfix.cli import base
 from trainfix.engine.contract import Fix
 from trainfix.engine.decide import decide, load_fix, targets_of
-from trainfix.environment.blockers import Blocker, Demand, blockers, demands
-from trainfix.environment.installed import Distribution, find, shapes_of, source_text
-from trainfix.environment.runconfig import RunConfig
+from trainfix.environment.blockers import Blocker, Demand, blockers
+from trainfix.environment.installation import Installation, here
+from trainfix.environment.installed import Distribution, shapes_of, source_text
+from trainfix.environment.runconfig import Origin, RunConfig
 
 OPEN = ("affected", "unknown", "unverified")  # verdicts that leave something to say
 
@@ -28,7 +30,8 @@ OPEN = ("affected", "unknown", "unverified")  # verdicts that leave something to
 class Finding:
     """One advisory against this installation and these configs.
 
-    `hazards` is what else changes on the way to the newest release; `ignored` the user's reason for leaving it out.
+    `places` are the values of the configs that decide. `hazards` is what else changes on the way to the newest release;
+    `ignored` the user's reason for leaving it out.
     """
 
     advisory: Advisory
@@ -38,6 +41,7 @@ class Finding:
     shape: str | None = None
     reachable: Literal["yes", "no", "unknown"] = "no"
     because: tuple[str, ...] = ()
+    places: tuple[Origin, ...] = ()
     by_program: bool = False
     repair: Literal["available", "refused", "none"] = "none"
     repaired_by: str | None = None
@@ -80,10 +84,12 @@ class Finding:
 class Report:
     """All that doctor has to say. `remarks` concern the installation as a whole; `hazards` are the changed defaults
     that rule a run now, each with the config that leaves it to the default; `detailed` asks for every finding in full.
+    `site` and `lock` name the environment or file that was examined in place of this interpreter's packages; with a
+    `lock`, by versions only. `proofs` has what an experiment showed, by the advisory's id.
     """
 
     catalogue: str
-    python: str
+    python: str | None
     packages: Mapping[str, str]
     active: bool
     configs: tuple[str, ...]
@@ -92,6 +98,9 @@ class Report:
     hazards: tuple[tuple[Hazard, str], ...]
     strict: bool
     detailed: bool
+    site: str | None = None
+    lock: str | None = None
+    proofs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:
@@ -102,27 +111,27 @@ class Report:
 
 def examine(
     configs: Sequence[RunConfig],
+    installation: Installation | None = None,
     *,
     assume_import: bool = False,
     only: Sequence[str] | None = None,
     ignored: Mapping[str, str] | None = None,
     strict: bool = False,
 ) -> Report:
-    """Judge every advisory (or those in `only`) against what is installed on ``sys.path``.
+    """Judge every advisory (or those in `only`) against an installation (default: this interpreter's).
 
     `ignored` maps an advisory's id to the user's reason. Raises RecordError, EnvironmentProblem and ShapeError.
     """
+    installation = here() if installation is None else installation
     advisories = [one for one in load_all() if not only or one.id in only]
-    packages = {name for one in load_all() for name in (one.package, *one.needs)}
-    copies = {package: find(package) for package in sorted(packages | {"torch"})}
-    examiner = _Examiner({package: found[0] for package, found in copies.items() if found}, configs, assume_import)
+    examiner = _Examiner(installation, configs, "assumed import" if assume_import else _activation(installation))
     return Report(
         catalogue=max(one.modified for one in load_all())[:10],
-        python=platform.python_version(),
+        python=installation.python,
         packages=examiner.versions,
-        active=assume_import and settings.read().mode != "off",
+        active=examiner.activation is not None and settings.read().mode != "off",
         configs=tuple(config.source for config in configs),
-        remarks=tuple(_remarks(copies, load_all())),
+        remarks=tuple(_remarks(examiner.copies, examiner.versions, load_all())),
         findings=tuple(replace(examiner.finding(one), ignored=(ignored or {}).get(one.id)) for one in advisories),
         hazards=tuple(
             (hazard, config.source)
@@ -132,34 +141,59 @@ def examine(
         ),
         strict=strict,
         detailed=bool(only),
+        site=None if installation.by_version else installation.source,
+        lock=installation.source if installation.by_version else None,
     )
 
 
-class _Examiner:
-    """Judges one advisory after the other; each function is hashed once."""
+def _activation(installation: Installation) -> str | None:
+    """What makes trainfix active in the interpreters of an installation, or None."""
+    if installation.paths is None:
+        return None
+    return active_in(installation.paths, os.environ if installation.source is None else {})
 
-    def __init__(
-        self, installed: Mapping[str, Distribution], configs: Sequence[RunConfig], assume_import: bool
-    ) -> None:
-        self.installed = installed
-        self.versions = {package: copy.version for package, copy in installed.items()}
+
+class _Examiner:
+    """Judges one advisory after the other; each function is hashed once.
+
+    `activation`: what makes trainfix active in the run, or None.
+    """
+
+    def __init__(self, installation: Installation, configs: Sequence[RunConfig], activation: str | None) -> None:
+        known = {name for one in load_all() for name in (one.package, *one.needs)} | {"torch"}
+        self.installation = installation
+        self.copies = installation.copies(sorted(known))
+        self.installed = {package: found[0] for package, found in self.copies.items() if found}
+        self.versions = {package: copy.version for package, copy in self.installed.items()}
+        self.versions |= {
+            package: installation.versions[package] for package in sorted(known & {*installation.versions})
+        }
         self.configs = configs
-        self.assume_import = assume_import
+        self.activation = activation
         self.shapes: dict[str, str | None] = {}
         self.demands: dict[str, tuple[Demand, ...]] = {}
 
     def finding(self, advisory: Advisory) -> Finding:
-        copy = self.installed.get(advisory.package)
-        if copy is None:
-            return Finding(advisory, None, "not-installed", because=(f"{advisory.package} is not installed",))
-        verdict = judge(advisory, self.versions, self.shapes_of(advisory.evidence))
-        known = Finding(advisory, copy.version, verdict.verdict, verdict.by, verdict.shape)
+        package = advisory.package
+        if package in self.installation.open:
+            known = Finding(advisory, None, "unknown", "version", notes=(self.installation.open[package],))
+            return self._open(known, reach_any(advisory, self.configs, self.versions), "")
+        if package not in self.versions:
+            return Finding(advisory, None, "not-installed", because=(f"{package} is not installed",))
+        verdict = self._verdict(advisory)
+        known = Finding(advisory, self.versions[package], verdict.verdict, verdict.by, verdict.shape)
         if verdict.verdict not in OPEN:
             why = unmet(advisory, self.versions)
-            fine = f"{copy.name} {copy.version} does not have this error"
+            fine = f"{package} {known.installed} does not have this error"
             return replace(known, because=(f"{fine}: {why}" if why else fine,))
-        reach = reach_any(advisory, self.configs, copy.version)
-        return self._open(known, reach, self._sourceless(advisory, copy, verdict))
+        reach = reach_any(advisory, self.configs, self.versions)
+        copy = self.installed.get(package)
+        return self._open(known, reach, self._sourceless(advisory, copy, verdict) if copy is not None else "")
+
+    def _verdict(self, advisory: Advisory) -> Verdict:
+        if self.installation.by_version:
+            return judge_version(advisory, self.versions)
+        return judge(advisory, self.versions, self.shapes_of(advisory.evidence))
 
     def _open(self, known: Finding, reach: Reach, sourceless: str) -> Finding:
         """The finding where the error is or may be: who reaches it, what repairs it, what stands in the way."""
@@ -174,16 +208,21 @@ class _Examiner:
             known,
             reachable=reach.reachable,
             because=reach.because,
+            places=reach.places,
             by_program=reach.by_program,
             repair="available" if available else "refused" if obstacle else "none",
-            # A loss of precision is repaired only by name, which no import says.
-            repaired_by="assumed import"
-            if available and self.assume_import and not off and advisory.severity != "precision"
-            else None,
+            repaired_by=self._repaired_by(advisory, repairing, available and not off),
             blocked_by=self._blocked_by(advisory, reach),
             hazards=self._hazards(advisory, reach),
-            notes=tuple(note for note in (sourceless or obstacle, off, limit) if note),
+            notes=tuple(note for note in (*known.notes, sourceless or obstacle, off, limit) if note),
         )
+
+    def _repaired_by(self, advisory: Advisory, repairing: Advisory, can: bool) -> str | None:
+        """What repairs the run: its checkpoint says so, or trainfix `can` and something activates it."""
+        if {advisory.id, repairing.id} & self.installation.repaired:
+            return f"the run itself ({self.installation.source})"
+        # A loss of precision is repaired only by name, which no import says.
+        return self.activation if can and advisory.severity != "precision" else None
 
     def _obstacle(self, advisory: Advisory, fix: Fix) -> str:
         """Why the engine, by its own decision on the installed text, would not repair `advisory`; empty if it would,
@@ -194,12 +233,14 @@ class _Examiner:
             return f"{advisory.package}, which is at fault, is not installed"
         for key, why in fix.leaves_alone.items():
             for config in self.configs:
-                release = self.versions[advisory.package]
-                if config.has(key) and reach_any(advisory, [config], release).reachable != "no":
+                if config.has(key) and reach_any(advisory, [config], self.versions).reachable != "no":
                     return f"{key} is set ({config.source}): {why}"
-        others = {package: found[0].version for package in fix.requires if (found := find(package))}
+        versions = {**self._versions_of(fix.requires), **self.versions}
+        if self.installation.by_version:
+            lacking = [f"{one}{spec}" for one, spec in fix.requires.items() if not holds(versions.get(one), spec)]
+            return f"the repair was run on {', '.join(lacking)} only" if lacking else ""
         shapes = self.shapes_of(targets_of(fix, [advisory]))
-        decision = decide(fix, advisory, {**others, **self.versions}, shapes)
+        decision = decide(fix, advisory, versions, shapes)
         return "" if decision.state == "applied" else decision.reason
 
     def _sourceless(self, advisory: Advisory, copy: Distribution, verdict: Verdict) -> str:
@@ -222,14 +263,21 @@ class _Examiner:
         if advisory.fixed_in is None or reach.reachable == "no":
             return ()
         if package not in self.demands:
-            self.demands[package] = demands(package)
+            self.demands[package] = self.installation.demands(package)
         return blockers(self.demands[package], advisory.fixed_in, newest=advisory.last_run)
 
     def _hazards(self, advisory: Advisory, reach: Reach) -> tuple[Hazard, ...]:
         """What else an upgrade would change for these configs, up to the newest release that we know."""
-        if advisory.fixed_in is None or reach.reachable == "no":
+        if advisory.fixed_in is None or reach.reachable == "no" or advisory.package not in self.versions:
             return ()
         return between(advisory.package, self.versions[advisory.package], advisory.last_run, self.configs)
+
+    def _versions_of(self, packages: Iterable[str]) -> dict[str, str]:
+        """The versions of any packages."""
+        found = {name: copies[0].version for name, copies in self.installation.copies(packages).items() if copies}
+        return found | {
+            name: self.installation.versions[name] for name in packages if name in self.installation.versions
+        }
 
     def shapes_of(self, paths: Iterable[str]) -> dict[str, str | None]:
         """path (``module:qualname``) -> shape as installed, ABSENT or None where the function or its source is missing.
@@ -257,15 +305,17 @@ def _switched_off(advisory: Advisory) -> str:
     return ""
 
 
-def _remarks(copies: Mapping[str, Sequence[Distribution]], advisories: Sequence[Advisory]) -> Iterator[str]:
-    """What to know about the installed packages before reading the findings."""
+def _remarks(
+    copies: Mapping[str, Sequence[Distribution]], versions: Mapping[str, str], advisories: Sequence[Advisory]
+) -> Iterator[str]:
+    """What to know about the packages before reading the findings."""
     from packaging.version import InvalidVersion, Version
 
     last_run = {one.package: one.last_run for one in advisories}
-    for package, found in copies.items():
-        if package not in last_run or not found:
+    for package, version in versions.items():
+        if package not in last_run:
             continue
-        version = found[0].version
+        found = copies[package]
         if len(found) > 1:
             listed = "; ".join(f"{copy.version} in {copy.location}" for copy in found)
             yield f"{package} is installed {len(found)} times ({listed}): the first is imported, and judged"

@@ -1,4 +1,4 @@
-"""Reports as JSON. Keys are only ever added."""
+"""Reports as JSON. Keys are only ever added; the schemas in ``trainfix/schemas`` list them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMA = 1
 
 def doctor_json(report: Report) -> str:
     """The report of doctor as one JSON object."""
-    return _dump(
+    return dump(
         {
             "schema": SCHEMA,
             "trainfix": __version__,
@@ -28,15 +28,17 @@ def doctor_json(report: Report) -> str:
             "packages": dict(report.packages),
             "active": report.active,
             "configs": list(report.configs),
+            "lock": report.lock,
+            "site": report.site,
             "exit": report.exit_code,
             "remarks": list(report.remarks),
-            "findings": [_finding(finding) for finding in report.findings],
+            "findings": [_finding(finding, report.proofs.get(finding.advisory.id)) for finding in report.findings],
             "hazards": [_hazard(one, config, report.packages[one.package]) for one, config in report.hazards],
         }
     )
 
 
-def _finding(finding: Finding) -> dict[str, Any]:
+def _finding(finding: Finding, proof: Mapping[str, Any] | None) -> dict[str, Any]:
     advisory = finding.advisory
     return {
         "id": advisory.id,
@@ -59,6 +61,8 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "url": advisory.url,
         "notes": list(finding.notes),
         "ignored": finding.ignored,
+        "places": [{"file": one.file, "key": one.key, "line": one.line} for one in finding.places],
+        "proof": None if proof is None else dict(proof),
     }
 
 
@@ -77,13 +81,15 @@ def _hazard(hazard: Hazard, config: str, installed: str) -> dict[str, Any]:
     }
 
 
-def _dump(report: dict[str, Any]) -> str:
-    return json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+def dump(report: dict[str, Any]) -> str:
+    """The JSON text of a report, with every character escaped that a terminal would not simply show."""
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    if not text.replace("\n", "").isprintable():
+        text = "".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text)
+    return text + "\n"
 
 
 def prove_json(proofs: Sequence[Mapping[str, Any]], code: int) -> str:
     """The proofs as one JSON object."""
     packages = {proof["package"]: proof["installed"] for proof in proofs if proof["installed"] is not None}
-    return _dump(
-        {"schema": SCHEMA, "trainfix": __version__, "packages": packages, "exit": code, "proofs": list(proofs)}
-    )
+    return dump({"schema": SCHEMA, "trainfix": __version__, "packages": packages, "exit": code, "proofs": list(proofs)})

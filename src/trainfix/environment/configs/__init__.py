@@ -10,22 +10,33 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from trainfix.environment.configs import deepspeed
-from trainfix.environment.configs.documents import ConfigError, Document, read
+from trainfix.environment.configs import (
+    accelerate,
+    axolotl,
+    deepspeed,
+    launched,
+    llamafactory,
+    openrlhf,
+    saved_run,
+    transformers,
+    trl,
+)
+from trainfix.environment.configs.documents import ConfigError, Document, find, read
 from trainfix.environment.configs.draft import Draft
 from trainfix.environment.runconfig import Open, Origin, RunConfig
 
 __all__ = ["KINDS", "ConfigError", "load", "load_run"]
 
 # In the order in which they are asked; the last one takes every JSON object.
-READERS: tuple[Any, ...] = (deepspeed,)
+READERS: tuple[Any, ...] = (
+    *(accelerate, llamafactory, axolotl, trl, saved_run, transformers),
+    *(launched, openrlhf),  # text
+    deepspeed,
+)
 KINDS = tuple(reader.KIND for reader in READERS)
-
-_ABOVE = 4  # how many folders above a config are looked into for a file that it names
 
 
 def load_run(path: str) -> RunConfig:
@@ -44,12 +55,20 @@ def load(paths: Sequence[str], kind: str | None = None) -> tuple[RunConfig, ...]
         [draft for draft in drafts if draft.role == role] for role in ("program", "launcher", "deepspeed")
     )
     followed = {draft: _referred(draft) for draft in [*programs, *launchers]}
-    taken = {os.path.realpath(one.source) for one in followed.values() if one is not None}
-    configs = [one for one in configs if os.path.realpath(one.source) not in taken]
+    taken = {_place(one.source) for one in followed.values() if one is not None}
+    configs = [one for one in configs if _place(one.source) not in taken]
     alone: list[tuple[Draft | None, ...]] = [(one, followed[one]) for one in launchers] + [(one,) for one in configs]
     if len(programs) != 1:  # nobody can say which launcher or config belongs to which program
         return tuple(_joined(parts) for parts in [*((one, followed[one]) for one in programs), *alone])
     return tuple(_of_one(programs[0], launchers, configs, followed))
+
+
+def _place(path: str) -> str:
+    """The one name of a file, or of what names none."""
+    try:
+        return os.path.realpath(path)
+    except ValueError:
+        return path
 
 
 def _of_one(
@@ -75,8 +94,12 @@ def _joined(parts: Sequence[Draft | None]) -> RunConfig:
     values: dict[str, object] = {}
     origins: dict[str, Origin] = {}
 
+    configured = any(part.role == "deepspeed" for part in found)
+
     def take(part: Draft, offered: Mapping[str, object], wanted: Callable[[str], bool]) -> None:
-        new = {key: value for key, value in offered.items() if wanted(key)}
+        # That another part leaves DeepSpeed's config open as a whole counts only where there is none.
+        whole = not configured or part.role == "deepspeed"
+        new = {key: value for key, value in offered.items() if wanted(key) and (key or whole)}
         values.update(new)
         origins.update({key: part.origins[key] for key in new})
 
@@ -86,12 +109,18 @@ def _joined(parts: Sequence[Draft | None]) -> RunConfig:
         take(part, part.fills, lambda key: values.get(key) == "auto")
     for part in order:
         take(part, part.assumed, lambda key: key not in values)
+    chosen = values.get("deepspeed")
+    if isinstance(chosen, Open):  # nor can anybody say, then, what its config would be
+        values.setdefault("", chosen)
+        origins.setdefault("", origins["deepspeed"])
     source = " + ".join(dict.fromkeys(part.source for part in found))
     return RunConfig(source, MappingProxyType(values), MappingProxyType(origins))
 
 
 def _drafts(path: str, kind: str | None) -> Sequence[Draft]:
-    """What one file says, read as `kind`, or as the first kind that recognises it."""
+    """What one file, or the folder of a saved run, says, read as `kind`, or as the first kind that recognises it."""
+    if saved_run.holds(path) and kind in (None, saved_run.KIND):
+        return saved_run.read_folder(path)
     document = read(path)
     for reader in READERS:
         if kind == reader.KIND or (kind is None and reader.recognises(document)):
@@ -107,10 +136,11 @@ def _referred(draft: Draft) -> Draft | None:
     """The DeepSpeed config that this one refers to, read; all of it open where it is not there."""
     if draft.deepspeed is None:
         return None
+    if isinstance(draft.deepspeed, Draft):
+        return draft.deepspeed
     if isinstance(draft.deepspeed, dict):
-        (inline,) = deepspeed.read(Document(draft.source, draft.document.text, draft.deepspeed))
-        return inline
-    file = _find(draft.deepspeed, draft.source)
+        return deepspeed.inside(draft.document, draft.deepspeed, "deepspeed")
+    file = find(draft.deepspeed, draft.source)
     if file is not None:
         (config,) = deepspeed.read(read(file))
         return config
@@ -123,18 +153,13 @@ def _referred(draft: Draft) -> Draft | None:
 
 def _launcher(program: Draft) -> Draft | None:
     """The launcher's config that a program's refers to."""
-    if program.accelerate is None:
-        return None
-    file = _find(program.accelerate, program.source)
+    if program.accelerate is None or isinstance(program.accelerate, Draft):
+        return program.accelerate
+    file = find(program.accelerate, program.source)
     if file is None:
         raise ConfigError(
             f"{program.source}: it names the accelerate config {program.accelerate}, and there is no such file here, "
             "beside it or above it"
         )
-    return _drafts(file, None)[0]
-
-
-def _find(named: str, beside: str) -> str | None:
-    """The file that a config names: from the current folder, where programs look, else from its own or one above."""
-    folders = [Path(), *Path(beside).parents[:_ABOVE]] if not os.path.isabs(named) else [Path()]
-    return next((str(folder / named) for folder in folders if (folder / named).is_file()), None)
+    (launcher,) = accelerate.read(read(file))
+    return launcher

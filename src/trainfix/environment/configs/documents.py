@@ -12,6 +12,7 @@ from typing import Any
 LARGEST = 16 * 2**20  # bytes; no config of a run comes near
 DEEPEST = 64
 MOST_NODES = 100_000
+_ABOVE = 4  # how many folders above a config are looked into for a file that it names
 
 
 class ConfigError(Exception):
@@ -39,6 +40,15 @@ class Document:
 def read(path: str) -> Document:
     """The document in the file `path`. Raises ConfigError."""
     return parse(path, _text(path))
+
+
+def find(named: str, beside: str) -> str | None:
+    """The file that a config names: from the current folder, where programs look, else from its own or one above."""
+    folders = [Path(), *Path(beside).parents[:_ABOVE]] if not Path(named).is_absolute() else [Path()]
+    try:
+        return next((str(folder / named) for folder in folders if (folder / named).is_file()), None)
+    except (OSError, ValueError):
+        return None
 
 
 def parse(path: str, text: str) -> Document:
@@ -134,14 +144,14 @@ class _Nodes:
         self._visited += 1
         if self._visited > MOST_NODES or len(place) > DEEPEST:
             raise ConfigError(f"{self.path} unfolds to more than a config can hold (anchors, or deep nesting)")
-        if node.id == "mapping":
-            return self._mapping(node, place)
-        if node.id == "sequence":
-            return [self.value(item, (*place, str(number))) for number, item in enumerate(node.value)]
         if node.tag not in self.loader.yaml_constructors:
             raise ConfigError(
                 f"{self.path}, line {node.start_mark.line + 1}: the tag {node.tag} is not plain data; remove it"
             )
+        if node.id == "mapping":
+            return self._mapping(node, place)
+        if node.id == "sequence":
+            return [self.value(item, (*place, str(number))) for number, item in enumerate(node.value)]
         return self.loader.construct_object(node)
 
     def _mapping(self, node: Any, place: tuple[str, ...]) -> dict[str, object]:

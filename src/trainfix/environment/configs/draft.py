@@ -19,7 +19,8 @@ class Draft:
     values: under the keys of `runconfig`, what holds in this run. A DeepSpeed config of the run decides first.
     fills: what the program puts where the DeepSpeed config says "auto", and only there.
     assumed: what holds where no file of the run sets the key.
-    deepspeed, accelerate: the config that this one refers to, a path as written there, or the config itself.
+    deepspeed, accelerate: the config that this one refers to, a path as written there, or the config itself: a section
+    of this document, or a draft where the program builds it.
     Each value is an `Open` where the document leaves it open. Every key has its origin.
     """
 
@@ -30,8 +31,8 @@ class Draft:
     fills: dict[str, object] = field(default_factory=dict)
     assumed: dict[str, object] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
-    deepspeed: str | dict[str, object] | None = None
-    accelerate: str | None = None
+    deepspeed: str | dict[str, object] | Draft | None = None
+    accelerate: str | Draft | None = None
 
     @property
     def source(self) -> str:
@@ -48,10 +49,10 @@ class Draft:
         self.fills[key] = value
         self.origins.setdefault(key, self.place(*written, text=text))
 
-    def assume(self, key: str, value: object, who: str) -> None:
-        """`key` is not set here; `who`, then, takes `value`."""
+    def assume(self, key: str, value: object, who: str, name: str = "") -> None:
+        """`key`, which the document would call `name`, is not set here; `who`, then, takes `value`."""
         self.assumed[key] = value
-        text = f"{key} is not set ({self.source}): {who} takes {shown(value)}"
+        text = f"{name or key} is not set ({self.source}): {who} takes {shown(value)}"
         self.origins.setdefault(key, Origin(self.source, key, text=text))
 
     def place(self, *written: str, text: str = "") -> Origin:

@@ -460,7 +460,7 @@ def test_one_comes_before_three(trainfix, write):
 def test_a_requirement_that_forbids_the_repaired_release_is_named(trainfix, write, site):
     site("openrlhf", "0.10.3", "Requires-Dist: deepspeed==0.18.9", "Requires-Dist: torch")
     answer = trainfix("doctor", "--config", write(), "--format", "json")
-    blocker = {"by": "openrlhf 0.10.3", "requires": "deepspeed==0.18.9", "strength": "requires"}
+    blocker = {"by": "openrlhf 0.10.3", "requires": "deepspeed==0.18.9", "strength": "requires", "off": None}
     assert answer.finding()["blocked_by"] == [blocker]
     assert "openrlhf 0.10.3 requires deepspeed==0.18.9" in trainfix("doctor", "--config", "ds.json").out
 

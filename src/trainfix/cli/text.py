@@ -35,7 +35,7 @@ _VERDICTS = {
 _DEMANDS = {
     "requires": "{by} requires {requires}",
     "extra": "{by} requires {requires} in an extra",
-    "runtime-check": "{by} checks for {requires} when it starts",
+    "runtime-check": "{by} checks for {requires} when it starts{off}",
     "recommends": "{by} recommends {requires}",
 }
 
@@ -261,7 +261,8 @@ def _repair(finding: Finding) -> str:
 
 def demand_of(blocker: Blocker) -> str:
     """Who stands in the way of an upgrade, and how strongly."""
-    return _DEMANDS[blocker.strength].format(by=blocker.by, requires=blocker.requires)
+    off = f" ({blocker.off} switches the check off)" if blocker.off is not None else ""
+    return _DEMANDS[blocker.strength].format(by=blocker.by, requires=blocker.requires, off=off)
 
 
 def _brief(findings: Sequence[Finding], report: Report, width: int) -> Iterator[Entry]:

@@ -32,11 +32,13 @@ STRENGTHS: tuple[Strength, ...] = get_args(Strength)
 
 @dataclass(frozen=True)
 class Blocker:
-    """An installed package whose requirement excludes every repaired release. `by` is its name and version."""
+    """An installed package whose requirement excludes every repaired release. `by` is its name and version, `off` the
+    setting that switches a run-time check off."""
 
     by: str
     requires: str
     strength: Strength
+    off: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,14 +125,8 @@ def blockers(demands: Iterable[Demand], fixed_in: str, *, newest: str) -> tuple[
         written = f"{demand.requirement.name}{demand.requirement.specifier}"
         known = found.get(demand.by)
         if known is None or STRENGTHS.index(demand.strength) < STRENGTHS.index(known.strength):
-            found[demand.by] = Blocker(demand.by, written, demand.strength)
+            found[demand.by] = Blocker(demand.by, written, demand.strength, demand.off)
     return tuple(found.values())
-
-
-def switch_of(blocker: Blocker, demands: Iterable[Demand]) -> str | None:
-    """The setting that switches off the check behind one of the `blockers` of `demands`; None if there is none."""
-    those = [one for one in demands if (one.by, one.strength) == (blocker.by, blocker.strength)]
-    return next((one.off for one in those if one.off is not None), None)
 
 
 def _old_metadata(distribution: Distribution) -> str:

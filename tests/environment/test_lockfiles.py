@@ -431,7 +431,7 @@ def test_a_lock_is_known_by_its_content_whatever_its_name(lock, content, kind):
         ("version = 1\npackage = 3\n", "uv.lock", "uv.lock: its packages are not a list of tables; write it again"),
         (UV.replace('"trl"', '"\\u001b[31m"'), "uv.lock", r"uv.lock: a package has the name '\x1b[31m'"),
         (UV.replace('name = "trl"\nv', "v"), "uv.lock", "uv.lock: a package has the name 'None': it is damaged"),
-        ("a = " + "[" * 100_000, "uv.lock", "uv.lock: nested too deeply for a lock file"),
+        ("a = " + "[" * 100_000, "uv.lock", "uv.lock: nested too deeply"),
         (b"trl==0.24.0\n\xe9\n", "latin.txt", "latin.txt, line 2: not UTF-8 text (byte 12); name a requirements file"),
         (b"trl==0.24.0\n\0", "binary", "binary, line 2: not text, but a binary file"),
         (b"PK\x03\x04\xff\xfe", "wheel.whl", "wheel.whl, line 1: not UTF-8 text (byte 4)"),

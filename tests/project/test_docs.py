@@ -1,4 +1,4 @@
-"""The pages in docs/: their links lead somewhere, their commands are commands, their programs run, their data parses."""
+"""The pages in docs/: links lead somewhere, commands are commands, programs run, data parses."""
 
 from __future__ import annotations
 

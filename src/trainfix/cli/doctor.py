@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trainfix.cli import base
+from trainfix.cli import base, project
 
 if TYPE_CHECKING:
     from trainfix.cli.examine import Report
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     unexplained = [one for one in args.ignore if not (args.reasons.get(one) or "").strip()]
     if unexplained:
         raise base.UsageError(f"--ignore {unexplained[0]} needs its own --reason TEXT right after it")
+    project.apply(args)
     if args.prove and (args.site or args.lock or args.checkpoint):
         raise base.UsageError("--prove runs this environment's packages: leave out --site, --lock and --checkpoint")
     base.check_output(args.output)

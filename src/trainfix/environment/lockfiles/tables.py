@@ -7,11 +7,10 @@ Their formats: uv's ``crates/uv-resolver/src/lock`` (version 1), poetry's ``pack
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
+from trainfix.environment import toml
 from trainfix.environment.lockfiles.lock import Entry, Kind, Lock, LockError, Wants, locked
 from trainfix.environment.lockfiles.text import shown
 from trainfix.environment.names import normal, release, told_by_name
@@ -42,15 +41,9 @@ def lock_of(source: str, text: str) -> Lock:
 
 def _parsed(source: str, text: str) -> dict[str, Any]:
     try:
-        reader = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    except ModuleNotFoundError:
-        raise LockError(f"{source}: Python 3.10 needs tomli for it; `pip install 'trainfix[cli]'` brings it") from None
-    try:
-        return dict(reader.loads(text))
-    except RecursionError:
-        raise LockError(f"{source}: nested too deeply for a lock file; write it again") from None
-    except ValueError as error:
-        raise LockError(f"{source}: not valid TOML: {error}; write it again") from None
+        return toml.loads(text)
+    except toml.TomlProblem as error:
+        raise LockError(f"{source}: {error}") from None
 
 
 def _kind(source: str, data: Table) -> Kind:

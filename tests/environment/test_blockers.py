@@ -88,6 +88,12 @@ def test_a_list_of_versions_is_judged_by_the_table_alone():
     assert blockers(found, "4.56.0", newest="5.23.0") == ()
 
 
+def test_a_requirement_is_known_for_a_lock_file_which_holds_none():
+    for name, version, strength in (("openrlhf", "0.10.1", "requires"), ("axolotl", "0.14.0", "extra")):
+        (found,) = blockers(demands_of("deepspeed", {name: version}), "0.19.0", newest="0.19.8")
+        assert (found.by, found.strength) == (f"{name} {version}", strength)
+
+
 def test_the_strongest_of_several_demands_is_named_and_only_what_blocks_counts():
     assert STRENGTHS == ("requires", "runtime-check", "extra", "recommends")
     every = [demand(f"deepspeed<0.1{number}", strength) for number, strength in enumerate(STRENGTHS, 2)]
@@ -136,9 +142,9 @@ def test_every_row_of_the_table_is_sound():
         requirement = Requirement(pin.requires)
         assert requirement.name == pin.package and requirement.specifier
         assert SpecifierSet(pin.releases)
-        assert pin.strength in ("runtime-check", "recommends")
+        assert pin.strength in STRENGTHS
         assert pin.off is None or (pin.strength == "runtime-check" and re.fullmatch(r"[A-Z_]+=\S+", pin.off))
-        assert re.match(r"https://github\.com/[\w.-]+/[\w.-]+/blob/v[\w.]+/\S+$", pin.source)
+        assert re.match(r"https://github\.com/[\w.-]+/[\w.-]+/(blob/v[\w.]+/\S+|releases/tag/v[\w.]+)$", pin.source)
         assert date(2026, 11, 1) <= date.fromisoformat(pin.read) <= date.today()
     assert len({(pin.by, pin.releases, pin.package) for pin in pins()}) == len(pins())
 

@@ -1,7 +1,7 @@
 """Which installed packages forbid an upgrade, and how strongly.
 
-By the requirements in their metadata, and by the table ``pins.json`` for what no metadata holds: checks of the
-version while the program runs, and recommendations. A row of it says who (`by`, in which `releases`) demands what,
+By the requirements in their metadata, and by the table ``pins.json`` for what no metadata holds, checks of the version
+while the program runs and recommendations, and for lock files, which hold no metadata. A row of it says who (`by`, in which `releases`) demands what,
 how the check is switched off (`off`), and where and when we read it.
 """
 

@@ -1,8 +1,8 @@
 """Which installed packages forbid an upgrade, and how strongly.
 
-By the requirements in their metadata, and by the table ``pins.json`` for what no metadata holds, checks of the version
-while the program runs and recommendations, and for lock files, which hold no metadata. A row of it says who (`by`, in which `releases`) demands what,
-how the check is switched off (`off`), and where and when we read it.
+By the requirements in their metadata, and by the table ``pins.json``: for what no metadata holds, checks of the version
+while the program runs and recommendations, and for lock files, which hold no metadata. A row of it says who (`by`, in
+which `releases`) demands what, how the check is switched off (`off`), and where and when we read it.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def count(script: str) -> int | Open:
         ("python -m torch.distributed.launch --nproc_per_node 2 train.py", "torchrun", "train.py"),
         ("accelerate launch --config_file a.yaml --multi_gpu train.py", "accelerate", "train.py"),
         ("llamafactory-cli train x.yaml", "llamafactory-cli", "llamafactory-cli"),
-        ("CUDA_VISIBLE_DEVICES=0,1 nohup /opt/bin/torchrun train.py &> log &", "torchrun", "train.py"),
-        ("cd /work && exec deepspeed train.py | tee log", "deepspeed", "train.py"),
+        ("CUDA_VISIBLE_DEVICES=0,1 nohup ./bin/torchrun train.py &> log &", "torchrun", "train.py"),
+        ("cd project && exec deepspeed train.py | tee log", "deepspeed", "train.py"),
         ("ray job submit --address=http://h:1 --runtime-env-json='{\"a\": 1}' -- python3 -m m.n", "python", "m.n"),
         ('srun --nodes=1 bash -c "pip install x && torchrun train.py --a \\"b c\\""', "torchrun", "train.py"),
         ("if [ -z $1 ]; then\n  deepspeed train.py\nfi", "deepspeed", "train.py"),
@@ -87,7 +87,8 @@ def test_a_comment_ends_a_command_and_a_backslash_continues_it():
 
 
 def test_a_command_read_from_a_here_document_keeps_its_lines():
-    script = "set -x\nread -r -d '' training <<EOF\nm.n \\\n   --a 1 \\\n   --b $B\nEOF\n    # --c\ndeepspeed --module $training\n"
+    text = "m.n \\\n   --a 1 \\\n   --b $B"
+    script = f"set -x\nread -r -d '' training <<EOF\n{text}\nEOF\n    # --c\ndeepspeed --module $training\n"
     command = only(script)
     assert (command.program, command.line) == ("m.n", 8)
     assert [(flag.name, flag.values, flag.line) for flag in command.flags] == [("--a", ("1",), 4), ("--b", ("$B",), 5)]

@@ -236,7 +236,7 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 MAPPINGS = st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=5)), VALUES, max_size=12)
-FUZZED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZED = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def ask(paths: list[str], kind: str | None = None) -> None:

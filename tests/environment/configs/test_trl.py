@@ -34,11 +34,25 @@ def test_the_command_is_open_unless_a_key_tells(run):
         ("rpo_alpha: 1.0", "dpo"),
         ("desirable_weight: 1.0", "kto"),
         ("scale_rewards: group", "grpo"),
+        ("beta: 0.1", trl.PREFERENCES),
+        ("num_generations: 8", trl.PREFERENCES),
         ("packing: true\nrpo_alpha: 1.0", UNKNOWN),
+        ("packing: true\nbeta: 0.1", UNKNOWN),
     ],
 )
 def test_a_key_of_one_command_tells_the_task(run, line, task):
     assert run("c.yaml", SFT + line + "\n").value("task") == task
+
+
+def test_the_keys_that_tell_are_those_of_the_wheel():
+    folder = stacks.folder("trl", "0.24.0") / "trl" / "trainer"
+    sft, dpo, grpo, kto = ((folder / f"{name}_config.py").read_text("utf-8") for name in ("sft", "dpo", "grpo", "kto"))
+    for key in ("packing", "assistant_only_loss", "completion_only_loss", "eval_packing", "dataset_text_field"):
+        assert f"\n    {key}: " in sft
+        assert not any(f"\n    {key}: " in other for other in (dpo, grpo, kto))
+    for key in trl.NOT_SFT - {"reward_funcs"}:
+        assert f"\n    {key}: " not in sft
+        assert any(f"\n    {key}: " in other for other in (dpo, grpo, kto))
 
 
 def test_transformers_own_scripts_are_not_trl(run):

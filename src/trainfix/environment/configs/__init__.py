@@ -59,7 +59,8 @@ def load(paths: Sequence[str], kind: str | None = None) -> tuple[RunConfig, ...]
     configs = [one for one in configs if _place(one.source) not in taken]
     alone: list[tuple[Draft | None, ...]] = [(one, followed[one]) for one in launchers] + [(one,) for one in configs]
     if len(programs) != 1:  # nobody can say which launcher or config belongs to which program
-        return tuple(_joined(parts) for parts in [*((one, followed[one]) for one in programs), *alone])
+        own = [run for program in programs for run in _of_one(program, [], [], followed)]
+        return (*own, *map(_joined, alone))
     return tuple(_of_one(programs[0], launchers, configs, followed))
 
 

@@ -99,6 +99,11 @@ class Command:
     source: str = ""
 
     @property
+    def is_named(self) -> bool:
+        """Whether the script tells the program, at least that it is one Python file."""
+        return is_literal(self.program) or self.program.endswith(".py")
+
+    @property
     def place(self) -> str:
         """The command's place in words."""
         return f"{self.file}, line {self.line}"
@@ -138,7 +143,7 @@ def ranks(command: Command) -> tuple[int | Open, str]:
 def hidden(found: Sequence[Command]) -> str | None:
     """What to say of a command that starts what the script does not tell, if there is one."""
     for command in found:
-        if not is_literal(command.program):
+        if not command.is_named:
             reads = f"; it reads {command.source}" if command.source else ""
             return (
                 f"{command.place}: {command.launcher} starts {command.program}, which this script does not set{reads}; "

@@ -17,7 +17,7 @@ from trainfix.environment.configs.commands import Command, Flag, commands, hidde
 from trainfix.environment.configs.documents import ConfigError, Document, find
 from trainfix.environment.configs.documents import read as read_document
 from trainfix.environment.configs.draft import Draft
-from trainfix.environment.configs.shell import is_literal
+from trainfix.environment.configs.shell import is_literal, may_be_many
 from trainfix.environment.configs.values import whole, written
 from trainfix.environment.runconfig import Open, Origin
 
@@ -35,6 +35,15 @@ _TRUTHS = frozenset(
     (
         *("bf16", "do_eval", "do_train", "fp16", "gradient_checkpointing", "group_by_length"),
         *("load_best_model_at_end", "overwrite_output_dir", "packing", "tf32", "use_peft"),
+    )
+)
+# Arguments that Trainer has, and the examples with a loop of their own have not.
+_TRAINER_ONLY = frozenset(
+    (
+        *("dataloader_num_workers", "ddp_timeout", "do_eval", "do_train", "eval_steps", "eval_strategy"),
+        *("evaluation_strategy", "gradient_checkpointing", "load_best_model_at_end", "logging_steps"),
+        *("logging_strategy", "overwrite_output_dir", "remove_unused_columns", "save_steps", "save_strategy"),
+        *("save_total_limit", "tf32", "warmup_ratio"),
     )
 )
 # accelerate launch's options that its config has in deepspeed_config, beside those of accelerate.SECTION.
@@ -122,7 +131,9 @@ def _drafted(document: Document, training: _Training) -> Draft:
         _attribute(draft, given, document.path)
     _say_program(draft, training)
     if given.free:
-        _leave_open(draft, f"{given.free[0]} in {document.path} may hold more arguments")
+        _leave_open(draft, f"but {given.free[0]} in {document.path} may hold it")
+    elif training.reader is transformers and not _is_trainer(training, joined):
+        _leave_open(draft, f"and {training.command.program} may choose it itself")
     _launch(draft, training.command, document)
     return draft
 
@@ -149,7 +160,8 @@ def _given(command: Command) -> _Given:
 
 def _value(name: str, flag: Flag) -> tuple[object, tuple[str, ...]]:
     """A flag's value, and the words after it that may hold other flags."""
-    taken = 0 if name in _TRUTHS and flag.values and not is_literal(flag.values[0]) else 1
+    first = flag.values[0] if flag.values else ""
+    taken = 0 if may_be_many(first) or (name in _TRUTHS and not is_literal(first)) else 1
     extra = tuple(word for word in flag.values[taken:] if not is_literal(word))
     values = flag.values[:taken] if extra else flag.values
     if not values:
@@ -184,7 +196,7 @@ def _reader(command: Command, content: Mapping[str, object]) -> Any:
         return trl if first in _TRL_TASKS else None
     if command.program == "axolotl.cli.train":
         return axolotl
-    if not is_literal(command.program):
+    if not command.is_named:
         return None
     if llamafactory.recognises(Document(command.file, "", content)):
         return llamafactory
@@ -211,10 +223,21 @@ def _own_loop(document: Document) -> Draft:
     return draft
 
 
+def _is_trainer(training: _Training, document: Document) -> bool:
+    """Whether the arguments are surely those of transformers' own parser, whose defaults then hold."""
+    example = _EXAMPLES.fullmatch(_stem(training.command))
+    return example is not None or len(_TRAINER_ONLY & document.content.keys()) >= 2
+
+
+def _stem(command: Command) -> str:
+    """The program's name without its folder and ending."""
+    return command.program.removesuffix(".py").replace(".", "/").rpartition("/")[2]
+
+
 def _say_program(draft: Draft, training: _Training) -> None:
     """What only the command tells: its program, and TRL's task."""
     command, reader = training.command, training.reader
-    stem = command.program.removesuffix(".py").replace(".", "/").rpartition("/")[2]
+    stem = _stem(command)
     if reader is transformers and _EXAMPLES.fullmatch(stem):
         text = f"{command.program} ({command.place}) is an example of transformers"
         _tell(draft, command, "framework", "transformers", text)
@@ -266,11 +289,9 @@ def _attribute(draft: Draft, given: _Given, script: str) -> None:
 def _leave_open(draft: Draft, why: str) -> None:
     """Nothing is assumed of what the command line may still hold."""
     for values in (draft.assumed, draft.fills):
-        for key in values:
-            if draft.origins[key].line is None:
-                values[key] = Open(f"{key} is not set ({draft.source}), but {why}")
-    if draft.deepspeed is None and "deepspeed" not in draft.values:
-        draft.put("deepspeed", Open(f"deepspeed is not set ({draft.source}), but {why}"))
+        for key, value in values.items():
+            if draft.origins[key].line is None and not isinstance(value, Open):
+                values[key] = Open(f"{key} is not set ({draft.source}), {why}")
 
 
 # How it is launched

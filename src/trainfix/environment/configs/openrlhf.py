@@ -16,7 +16,7 @@ from typing import Literal
 from trainfix.environment.configs.commands import Command, Flag, commands, hidden, ranks, whole_number
 from trainfix.environment.configs.documents import ConfigError, Document
 from trainfix.environment.configs.draft import Draft
-from trainfix.environment.configs.shell import is_literal
+from trainfix.environment.configs.shell import is_literal, may_be_many
 from trainfix.environment.runconfig import ByRelease, Open, shown
 
 KIND = "openrlhf"
@@ -81,6 +81,10 @@ _SWITCHES = frozenset(
         *("--vllm_sync_with_ray",),
     )
 )
+# Flags that are in both styles.
+_IN_BOTH = frozenset(
+    ("--local_rank", "--lr_scheduler", "--lr_warmup_ratio", "--max_norm", "--min_lr_ratio", "--use_ms")
+)
 # Flags that begin like one of ours and are none of its short forms.
 _OWN_NAMES = frozenset(("--pretrain",))
 
@@ -140,6 +144,7 @@ class _Given:
         self.file = command.file
         self._flags: dict[str, Flag] = {flag.name: flag for flag in command.flags}  # the last one holds
         self.sections = any("." in name for name in self._flags)
+        self.flat = not self.sections and bool(self._flags.keys() - _IN_BOTH)
         self._free = next(iter(_free_words(command)), None)
         # A release that takes these flags, where they tell enough of it.
         release = "0.10.2" if self.sections else "0.9.1" if "--bf16" in self._flags else None
@@ -198,7 +203,8 @@ def _free_words(command: Command) -> list[str]:
     """Words that are no flag's value and may hold any flag: ``$EXTRA_ARGS``, ``"$@"``."""
     words = list(command.words)
     for flag in command.flags:
-        words.extend(flag.values[flag.name not in _SWITCHES :])
+        takes = flag.name not in _SWITCHES and not any(map(may_be_many, flag.values[:1]))
+        words.extend(flag.values[takes:])
     return [word for word in words if not is_literal(word)]
 
 
@@ -290,7 +296,7 @@ def _optimizer(draft: Draft, given: _Given, engine: Engine) -> None:
     chosen = given.word(("--optim",) if engine == "model" else (f"--{engine}.optim",), _OPTIMIZER)
     if isinstance(chosen.value, str):
         _put(draft, "optimizer.type", chosen, "muon" if chosen.value == "muon" else "adamw")
-    elif chosen.value is not None and (given.sections or not given.command.flags):
+    elif chosen.value is not None and not given.flat:
         _put(draft, "optimizer.type", chosen)
 
 

@@ -21,6 +21,7 @@ LAUNCH_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NNODES", "NPROC_PER_NODE")
 _DEEPEST = 4  # commands in quotes in commands in quotes
 _VARIABLE = re.compile(rf"\$(?:({NAME})|\{{({NAME})(\[[@*]\])?(?::?[-=?+][^}}]*)?\}})")
 _SPECIAL = re.compile(r"\$[0-9@*#?$!_-]")
+_MANY = re.compile(r"\$[@*]|\$\{[@*]\}|\[[@*]\]\}")
 _SETS = frozenset(("export", "readonly", "local", "declare", "typeset"))
 _CHANGED = re.compile(rf"({NAME})\s*(?:<<|>>|[-+*/%&|^])?=(?!=)|({NAME})(?:\+\+|--)|(?:\+\+|--)({NAME})")
 # Sourced files that set up a shell, and not a training.
@@ -53,6 +54,11 @@ class Simple:
 def is_literal(text: str) -> bool:
     """Whether nothing in it waits for a run of the script."""
     return "$" not in text and "`" not in text
+
+
+def may_be_many(text: str) -> bool:
+    """Whether it stands for any number of words, and never for one value: ``"$@"``, ``${ARGS[@]}``."""
+    return bool(_MANY.search(text))
 
 
 def simple_commands(source: Text) -> tuple[Simple, ...]:

@@ -63,6 +63,14 @@ TELLS: Mapping[str, str] = MappingProxyType(
         "rloo_k": "rloo",
     }
 )
+# Keys of several commands' configs, but not of trl sft's.
+NOT_SFT = frozenset(
+    (
+        *("beta", "max_completion_length", "max_prompt_length", "num_generations", "num_iterations"),
+        *("precompute_ref_log_probs", "reward_funcs", "reward_weights"),
+    )
+)
+PREFERENCES = "preference or reinforcement learning"
 # Keys of TRL's scripts and trainers that no other program's config here has.
 OWN = frozenset(
     (
@@ -143,10 +151,15 @@ def read(document: Document) -> tuple[Draft, ...]:
 
 
 def _task(draft: Draft) -> None:
+    """The kind of training, where the keys are those of one command, or not of ``trl sft``."""
     tells = {TELLS[key]: key for key in draft.document.content if key in TELLS}
-    if len(tells) == 1:
+    other = next((key for key in draft.document.content if key in NOT_SFT), None)
+    if len(tells) == 1 and not (other and "sft" in tells):
         ((task, key),) = tells.items()
         draft.put("task", task, key, text=f"{key}, which only TRL's {task} trainer has, is set ({draft.source})")
+    elif other and "sft" not in tells:
+        text = f"{other}, which TRL's sft trainer does not have, is set ({draft.source})"
+        draft.put("task", PREFERENCES, other, text=text)
     else:
         why = f"{draft.source} does not say which of TRL's commands takes it (trl sft, trl dpo, ...)"
         draft.put("task", Open(why))

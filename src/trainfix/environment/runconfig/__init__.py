@@ -118,7 +118,7 @@ class RunConfig:
         if isinstance(value, ByRelease):
             return self.said(key, value=value.at(versions))
         if key not in RUN_KEYS:
-            return setting(self, key, versions.get("deepspeed"))
+            return setting(self, key, versions)
         if key in self.values:
             return self.plain(key)
         return Setting(UNKNOWN, f"{self.source} does not say {RUN_KEYS[key]}")

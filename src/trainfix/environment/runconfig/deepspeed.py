@@ -12,6 +12,8 @@ from types import MappingProxyType
 
 from trainfix.environment.runconfig import UNKNOWN, Open, RunConfig, Setting, instead, is_since, shown
 
+_NONE: Mapping[str, str] = MappingProxyType({})
+
 STAGE = "zero_optimization.stage"
 DEVICE = "zero_optimization.offload_optimizer.device"
 STEPS = "gradient_accumulation_steps"
@@ -82,13 +84,13 @@ _OPTIMIZERS = (
 )
 
 
-def setting(config: RunConfig, key: str, release: str | None) -> Setting:
+def setting(config: RunConfig, key: str, versions: Mapping[str, str]) -> Setting:
     """See `RunConfig.setting`."""
     rule = _RULES.get(key)
     if rule is not None:
-        return rule(config, release)
+        return rule(config, versions)
     if key in CHANGED_DEFAULTS:
-        return _typed(config, _renamed(config, key), *_changed(key, release))
+        return _typed(config, _renamed(config, key), *_changed(key, versions.get("deepspeed")))
     return _typed(config, _renamed(config, key), DEFAULTS.get(key))
 
 
@@ -129,7 +131,7 @@ def _changed(key: str, release: str | None) -> tuple[object, str]:
     return (after, f" from {since} on") if newer else (before, f" before {since}")
 
 
-def _stage(config: RunConfig, release: str | None = None) -> Setting:
+def _stage(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     old = config.values.get("zero_optimization")
     if isinstance(old, bool):
         return config.said("zero_optimization", f"the old form of stage {int(old)}", value=int(old))
@@ -148,7 +150,7 @@ def _integer(value: object) -> int | None:
         return None
 
 
-def _device(config: RunConfig, release: str | None = None) -> Setting:
+def _device(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     setting = _offload_device(config, "offload_optimizer", "cpu_offload")
     stage = _stage(config).value
     if setting.value != "nvme" or stage == 3:
@@ -160,7 +162,7 @@ def _device(config: RunConfig, release: str | None = None) -> Setting:
     return config.said(DEVICE, note, value="cpu")
 
 
-def _parameter_device(config: RunConfig, release: str | None = None) -> Setting:
+def _parameter_device(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     return _offload_device(config, "offload_param", "cpu_offload_param")
 
 
@@ -174,7 +176,7 @@ def _offload_device(config: RunConfig, section: str, old: str) -> Setting:
     return config.said(key, "DeepSpeed knows none, cpu and nvme", value=UNKNOWN)
 
 
-def _overlap(config: RunConfig, release: str | None = None) -> Setting:
+def _overlap(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     if config.plain(OVERLAP).value is not None:
         return _typed(config, OVERLAP, False)
     stage = _stage(config)
@@ -184,7 +186,7 @@ def _overlap(config: RunConfig, release: str | None = None) -> Setting:
     return Setting(default, config.lacks(OVERLAP, default, " in stage 3" if default else " below stage 3"))
 
 
-def _contiguous(config: RunConfig, release: str | None = None) -> Setting:
+def _contiguous(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     """Stages 1 and 2 use one buffer for all gradients whenever they offload."""
     setting = _typed(config, CONTIGUOUS, DEFAULTS[CONTIGUOUS])
     if setting.value is not False or _stage(config).value == 3:
@@ -197,7 +199,7 @@ def _contiguous(config: RunConfig, release: str | None = None) -> Setting:
     return setting
 
 
-def _zenflow(config: RunConfig, release: str | None = None) -> Setting:
+def _zenflow(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     setting = config.plain(ZENFLOW)
     if setting.value is UNKNOWN:
         return setting
@@ -217,13 +219,13 @@ def _type(config: RunConfig, key: str) -> Setting:
     return config.said(key, f"DeepSpeed knows {', '.join(_TYPES)}", value=UNKNOWN)
 
 
-def _autocast_type(config: RunConfig, release: str | None = None) -> Setting:
+def _autocast_type(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     return _type(config, "torch_autocast.dtype")
 
 
-def _model_type(config: RunConfig, release: str | None = None) -> Setting:
+def _model_type(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     """The parameters' type follows fp16.enabled and bf16.enabled; DeepSpeed refuses any other value."""
-    switches = {name: config.setting(f"{name}.enabled") for name in ("fp16", "bf16")}
+    switches = {name: config.setting(f"{name}.enabled", versions) for name in ("fp16", "bf16")}
     for name, switch in switches.items():
         if switch.value is True:
             return instead(switch, name)
@@ -233,12 +235,12 @@ def _model_type(config: RunConfig, release: str | None = None) -> Setting:
     return Setting("fp32", f"neither fp16.enabled nor bf16.enabled is true ({config.source}): DeepSpeed takes fp32")
 
 
-def _accumulation_type(config: RunConfig, release: str | None = None) -> Setting:
+def _accumulation_type(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     """Where the file sets none, the model's own type, but for bf16 without ZeRO before 0.17.6."""
-    given, model, stage = _type(config, ACCUMULATION_TYPE), _model_type(config), _stage(config)
+    given, model, stage = _type(config, ACCUMULATION_TYPE), _model_type(config, versions), _stage(config)
     if given.value is not None:
         return given
-    newer = is_since(release, "0.17.6")
+    newer = is_since(versions.get("deepspeed"), "0.17.6")
     if model.value != "bf16" or newer or (stage.value is not UNKNOWN and stage.value != 0):
         return instead(model, model.value, f"{given.because}; {model.because}")
     if newer is None or stage.value is UNKNOWN:
@@ -247,15 +249,15 @@ def _accumulation_type(config: RunConfig, release: str | None = None) -> Setting
     return instead(model, "fp32", f"{given.because}: DeepSpeed before 0.17.6 takes fp32 for bf16 without ZeRO")
 
 
-def _managed(config: RunConfig, release: str | None = None) -> Setting:
+def _managed(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     """Whether the engine counts the micro-batches of a window itself."""
-    setting, reads = _typed(config, MANAGED, DEFAULTS[MANAGED]), is_since(release, "0.19.4")
+    setting, reads = _typed(config, MANAGED, DEFAULTS[MANAGED]), is_since(versions.get("deepspeed"), "0.19.4")
     if setting.value is True or reads:
         return setting
     return config.said(MANAGED, "DeepSpeed before 0.19.4 does not read it", value=UNKNOWN if reads is None else True)
 
 
-def _optimizer(config: RunConfig, release: str | None = None) -> Setting:
+def _optimizer(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     """The optimizer that DeepSpeed builds; ``torch_adam`` is torch's own, None the one that the program passes."""
     setting = config.plain("optimizer.type")
     name = setting.value.lower() if isinstance(setting.value, str) else setting.value
@@ -264,14 +266,14 @@ def _optimizer(config: RunConfig, release: str | None = None) -> Setting:
     return instead(setting, name) if name in _OPTIMIZERS else setting
 
 
-def _stairs(config: RunConfig, release: str | None = None) -> Setting:
+def _stairs(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     """The stairs of OneCycle's first half, or of the second where only that has any."""
     first, second = STAIRS, STAIRS.replace("first", "second")
     steps = _typed(config, first, 0)
     return steps if steps.value or config.plain(second).value is None else _typed(config, second, 0)
 
 
-def _accumulation_steps(config: RunConfig, release: str | None = None) -> Setting:
+def _accumulation_steps(config: RunConfig, versions: Mapping[str, str] = _NONE) -> Setting:
     """The length of the window, in micro-batches, as DeepSpeed derives it."""
     if config.has(ZENFLOW):
         return _zenflow_interval(config)
@@ -330,7 +332,7 @@ def _quotient(total: object, micro: object, ranks: object) -> int | None:
     return total // (micro * ranks) if micro * ranks > 0 and total % (micro * ranks) == 0 else None
 
 
-_RULES: Mapping[str, Callable[[RunConfig, str | None], Setting]] = MappingProxyType(
+_RULES: Mapping[str, Callable[[RunConfig, Mapping[str, str]], Setting]] = MappingProxyType(
     {
         STAGE: _stage,
         DEVICE: _device,

@@ -1,61 +1,32 @@
-"""Proofs: each shows one advisory on the installed packages, without and with the fix, in fresh interpreters.
+"""Proofs: each shows one advisory on the installed packages, without and with the fix, in processes of its own.
 
 Only the standard library is imported here; the experiments need torch and run in child interpreters.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-_TIMEOUT = 300.0
-_TOLERANCE = 1e-3  # how far a coefficient may be from right, at least
+from .interpreters import ChildProblem, Interpreter, interpreters, search_path
+from .judge import Applicability, exit_code, findings
 
-_WITHOUT_FIX = """
-import importlib, sys, types
-package = types.ModuleType("untouched")  # the experiment's modules, without trainfix's activating __init__
-package.__path__ = [{package!r}]
-sys.modules["untouched"] = package
-importlib.import_module("untouched.proofs.{proof}").main()
-"""
+__all__ = ["Applicability", "ChildProblem", "Progress", "applicability", "exit_code", "prove", "prove_all"]
 
-_WITH_FIX = """
-import trainfix
-trainfix.apply({id!r})  # a loss of precision is repaired only when it is asked for by name
-import importlib
-importlib.import_module("trainfix.proofs.{proof}").main()
-"""
+_ONE_EXPERIMENT = 300.0  # seconds until it is given up
+_SEVERITIES = ("gradient", "scale", "precision", "metric", "default")
+# The experiment is two processes already.
+TWO_RANKS = frozenset({"tf_0006", "tf_0007", "tf_0203", "tf_0301", "tf_0402", "tf_0411"})
 
 
-class ChildProblem(Exception):
-    """The interpreter to examine cannot be started. The message names it."""
+class Progress(Protocol):
+    """Told that the proof `number` of `total` begins, and, with its record, that it has ended."""
 
-
-@dataclass(frozen=True)
-class Applicability:
-    """Whether the installed release has the error, as the catalogue says. None: the catalogue does not know."""
-
-    package: str
-    installed: str | None
-    applicable: bool | None
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a child answered, or why it did not."""
-
-    answer: Mapping[str, Any] | None
-    problem: str | None
+    def __call__(self, number: int, total: int, advisory_id: str, record: Mapping[str, Any] | None) -> None: ...
 
 
 def prove(
@@ -65,9 +36,26 @@ def prove(
     env: Mapping[str, str] | None = None,
     named: bool = True,
 ) -> dict[str, Any]:
-    """Run the experiment of one advisory and return its record (the keys of `trainfix prove --format json`).
+    """`prove_all` of one advisory, `named` by the user or not: its record."""
+    (record,) = prove_all([advisory_id], named=[advisory_id] if named else [], python=python, env=env)
+    return record
 
-    `python` is the interpreter whose packages are examined, `env` its whole environment (default: this process's).
+
+def prove_all(
+    ids: Sequence[str],
+    *,
+    named: Collection[str] = (),
+    progress: Progress | None = None,
+    seconds: float | None = None,
+    python: str = sys.executable,
+    env: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Run the experiments of these advisories, and return their records (the keys of `trainfix prove --format json`)
+    in the order of `ids`.
+
+    At most two processes are busy at a time. The gravest and quickest run first; what has not run after `seconds` is
+    not `reproduced`, and says so. `python` is the interpreter whose packages are examined, `env` its whole environment
+    (default: this process's).
     Where the release is not affected, the run without the fix is made only if the advisory was `named` by the user, and
     `repaired` is None. Where the catalogue does not know the release, `applicable` is what the experiment says.
     `reproduced` is None, with a reason, where the experiment could not be run.
@@ -75,43 +63,32 @@ def prove(
     """
     from .. import advisories
 
-    advisory = advisories.load(advisory_id)
-    begin = time.monotonic()
+    wanted = [advisories.load(advisory_id) for advisory_id in ids]
     environment = dict(os.environ if env is None else env)
-    found = applicability(advisory, _search_path(python, environment))
-    record: dict[str, Any] = {
-        "id": advisory_id,
-        "package": found.package,
-        "installed": found.installed,
-        "applicable": found.applicable,
-        "reproduced": None,
-        "repaired": None,
-        "reason": found.reason,
-        "before": None,
-        "after": None,
-    }
-    if advisory.proof is None:
-        record["reason"] = (
-            f"trainfix has no experiment for {advisory_id}; trainfix show {advisory_id} tells what is known"
-        )
-    elif found.installed is not None and (found.applicable is not False or named):
-        record |= _experiment(advisory, found, python, environment)
-    return record | {"seconds": round(time.monotonic() - begin, 1)}
+    deadline = None if seconds is None else time.monotonic() + seconds
+    path = search_path(python, environment)
+    found = {one.id: applicability(one, path) for one in wanted}
+    records = {one.id: _record(one, found[one.id]) for one in wanted}
+    todo = sorted((one for one in wanted if _is_to_run(one, found[one.id], one.id in named)), key=_order)
+    tell = progress or _tell_nobody
+    with interpreters(python, environment) as (without, repaired):
+        for number, advisory in enumerate(todo, 1):
+            begin, record = time.monotonic(), records[advisory.id]
+            if deadline is not None and begin >= deadline:
+                record |= {"reason": f"not run: {_over(advisory.id, seconds)}"}
+            else:
+                tell(number, len(todo), advisory.id, None)
+                limits = _Limits(begin + _ONE_EXPERIMENT, f"no answer after {_ONE_EXPERIMENT:g} s")
+                if deadline is not None and deadline < limits.deadline:
+                    limits = _Limits(deadline, _over(advisory.id, seconds))
+                record |= _experiment(advisory, found[advisory.id], without, repaired, limits)
+                record |= {"seconds": round(time.monotonic() - begin, 1)}
+            tell(number, len(todo), advisory.id, record)
+    return [records[advisory_id] for advisory_id in ids]
 
 
-def exit_code(records: Iterable[Mapping[str, Any]]) -> int:
-    """0: every applicable error is gone with the fix. 1: one is not. 3: one could not be shown or run."""
-    codes = [_exit_code(record) for record in records]
-    return 1 if 1 in codes else 3 if 3 in codes else 0
-
-
-def _exit_code(record: Mapping[str, Any]) -> int:
-    if record["applicable"] is False:
-        return 1 if record["reproduced"] else 0
-    if not record["reproduced"]:
-        return 3
-    repaired: bool | None = record["repaired"]
-    return 3 if repaired is None else int(not repaired)
+def _tell_nobody(number: int, total: int, advisory_id: str, record: Mapping[str, Any] | None) -> None:
+    pass
 
 
 def applicability(advisory: Any, search_path: list[str]) -> Applicability:
@@ -132,86 +109,59 @@ def applicability(advisory: Any, search_path: list[str]) -> Applicability:
     return Applicability(advisory.package, copy.version, known, reason)
 
 
-def _experiment(advisory: Any, found: Applicability, python: str, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Both runs at the same time, and what follows. A release that is known to be right gets the first only."""
-    proof = advisory.proof
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        code = _WITHOUT_FIX.format(package=str(_PACKAGE), proof=proof)
-        before = pool.submit(_child, python, code, environment, mode="off")
-        after = None
-        if found.applicable is not False:
-            after = pool.submit(_child, python, _WITH_FIX.format(id=advisory.id, proof=proof), environment, mode="on")
-    without = before.result()
-    with_fix = None if after is None else after.result()
-    if without.answer is None:
-        return {"reason": f"the experiment could not be run: {without.problem}"}
-    reproduced = not _is_right(without.answer)
-    record: dict[str, Any] = {"before": _numbers(without.answer), "reproduced": reproduced}
-    if with_fix is None:
-        return record
-    if found.applicable is None:
-        record |= {"applicable": reproduced}
-    if not reproduced:
-        reason = found.reason or f"{found.package} {found.installed} is listed as affected"
-        return record | {"reason": f"{reason}; the experiment does not show the error"}
-    return record | _repair(advisory.id, with_fix)
+def _record(advisory: Any, found: Applicability) -> dict[str, Any]:
+    """The record of an advisory whose experiment has not run."""
+    nothing = f"trainfix has no experiment for {advisory.id}; trainfix show {advisory.id} tells what is known"
+    return {
+        "id": advisory.id,
+        "package": found.package,
+        "installed": found.installed,
+        "applicable": found.applicable,
+        "reproduced": None,
+        "repaired": None,
+        "reason": nothing if advisory.proof is None else found.reason,
+        "before": None,
+        "after": None,
+        "seconds": 0.0,
+    }
 
 
-def _repair(advisory_id: str, with_fix: _Outcome) -> dict[str, Any]:
-    """`repaired` and `after`, with the reason where the error is not gone, or gone for a reason that is not the fix."""
-    if with_fix.answer is None:
-        return {"repaired": None, "reason": f"the experiment with trainfix could not be run: {with_fix.problem}"}
-    right = _is_right(with_fix.answer)
-    status = next((one for one in with_fix.answer["status"] or () if one["id"] == advisory_id), None)
-    state = "missing from trainfix.status()" if status is None else status["state"]
-    detail = f" ({status['reason']})" if status is not None and status.get("reason") else ""
-    result: dict[str, Any] = {"after": _numbers(with_fix.answer), "repaired": right and state == "applied"}
-    if state != "applied":
-        return result | {"reason": f"the fix was not applied: it is {state}{detail}"}
-    return result | {"reason": None if right else "the fix is applied and the gradient is still wrong"}
+def _is_to_run(advisory: Any, found: Applicability, named: bool) -> bool:
+    there = advisory.proof is not None and found.installed is not None
+    return there and (found.applicable is not False or named)
 
 
-def _numbers(answer: Mapping[str, Any]) -> dict[str, Any]:
-    numbers = {key: answer[key] for key in ("relative_error", "cosine", "norm_ratio")}
-    return {"coefficients": [round(value, 6) + 0.0 for value in answer["current"]], **numbers}
+def _order(advisory: Any) -> tuple[int, bool, str]:
+    """The gravest first, and of these the quickest."""
+    return (_SEVERITIES.index(advisory.severity), advisory.proof in TWO_RANKS, advisory.id)
 
 
-def _is_right(answer: Mapping[str, Any]) -> bool:
-    """All of this window's micro-batches, nothing of an earlier window, nothing else."""
-    tolerance, current = max(_TOLERANCE, answer["tolerance"]), answer["current"]
-    if any(abs(value) > tolerance for value in answer["earlier"]):
-        return False
-    if answer["not_this_error"]:
-        pairs = zip(current, answer["not_this_error"], strict=True)
-        if all(abs(value - wanted) <= tolerance for value, wanted in pairs):
-            return True
-    return all(abs(value - 1) <= tolerance for value in current) and answer["relative_error"] <= answer["tolerance"]
+def _over(advisory_id: str, seconds: float | None) -> str:
+    return f"the {seconds:g} s for all proofs are over; run it alone with `trainfix prove {advisory_id}`"
 
 
-def _search_path(python: str, environment: Mapping[str, str]) -> list[str]:
-    """sys.path of that interpreter. Raises ChildProblem where it cannot be started."""
-    code = "import json, sys; print(json.dumps(sys.path))"
-    try:
-        answer = subprocess.run(
-            [python, "-c", code], env=dict(environment), capture_output=True, text=True, timeout=60, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ChildProblem(f"cannot run {python}: {error}; name an interpreter that starts") from error
-    path: list[str] = json.loads(answer.stdout.splitlines()[-1])
-    return path
+@dataclass(frozen=True)
+class _Limits:
+    """Until when (of time.monotonic) an experiment may run, and what is said of one that does not end by then."""
+
+    deadline: float
+    overdue: str
 
 
-def _child(python: str, code: str, environment: Mapping[str, str], *, mode: str) -> _Outcome:
-    """Run `code` in a fresh interpreter with trainfix `off` or `on`, free of the user's own settings of trainfix."""
-    own = {key: value for key, value in environment.items() if not key.startswith("TRAINFIX")}
-    own |= {"TRAINFIX": mode, "TRAINFIX_QUIET": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    try:
-        child = subprocess.run(
-            [python, "-c", code], env=own, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return _Outcome(None, f"no answer after {_TIMEOUT:g} s")
-    if child.returncode or not child.stdout.strip():
-        lines = [line.strip() for line in child.stderr.splitlines() if line.strip()] or ["it printed nothing"]
-        return _Outcome(None, f"the child ended with {child.returncode}: {lines[-1]}")
-    return _Outcome(json.loads(child.stdout.splitlines()[-1]), None)
+def _experiment(
+    advisory: Any, found: Applicability, without: Interpreter, repaired: Interpreter, limits: _Limits
+) -> dict[str, Any]:
+    """Both runs, and what follows: at the same time, or one after the other where each is two processes.
+
+    A release that is known to be right gets the first only.
+    """
+    both = found.applicable is not False
+    at_once = both and advisory.proof not in TWO_RANKS
+    without.ask(advisory)
+    if at_once:
+        repaired.ask(advisory)
+    before = without.answer(limits.deadline, limits.overdue)
+    if both and not at_once:
+        repaired.ask(advisory)
+    after = repaired.answer(limits.deadline, limits.overdue) if both else None
+    return findings(advisory.id, found, before, after)

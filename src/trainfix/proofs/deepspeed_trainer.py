@@ -1,4 +1,4 @@
-"""transformers' own Trainer under DeepSpeed, ZeRO stage 1, in one CPU process: for proofs of what the two do together.
+"""Trainers under DeepSpeed, ZeRO stage 1, in one CPU process: for proofs of what the two do together.
 
 The consumed gradient is what the torch optimizer sees when its step begins, one flat copy of all parameters.
 """
@@ -26,6 +26,28 @@ ZERO_1 = {
 }
 
 
+def start() -> None:
+    """DeepSpeed on its CPU accelerator, in the process group of one rank that a launcher would have announced."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # asked for, and not used: there is a store
+    experiment.prepare_cpu()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def watch_steps(optimizer: torch.optim.Optimizer, watch: token_experiment.Watch) -> None:
+    """Judge every step of this optimizer, which is to hold the model's parameters in one group."""
+    model = watch.model
+
+    def look(stepping: Any, *_: Any) -> None:
+        if watch.seen:  # some releases step once while they are built
+            state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            weights = [parameter.detach().clone() for parameter in model.parameters()]
+            watch.judge(experiment.gradient(stepping, weights).double(), state)
+
+    optimizer.register_step_pre_hook(look)
+
+
 def prove(*, advisory: str, rows: int, max_steps: int, takes_count: bool = True) -> None:
     """Train the tiny model with windows of four micro-batches, and print the worst of them.
 
@@ -41,25 +63,13 @@ def prove(*, advisory: str, rows: int, max_steps: int, takes_count: bool = True)
 def _train(rows: int, max_steps: int, takes_count: bool) -> token_experiment.Watch:
     import transformers
 
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # asked for, and not used: there is a store
-    experiment.prepare_cpu()
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    start()
     model = token_experiment.tiny_llama()
     watch = token_experiment.Watch(model)
     data = token_experiment.answers(rows, lengths=(8,))
     watch.learn(data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    weights = [parameter.detach().clone() for parameter in model.parameters()]
-
-    def look(stepping: Any, *_: Any) -> None:
-        if watch.seen:  # some releases step once while they are built
-            state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-            weights[:] = [parameter.detach().clone() for parameter in model.parameters()]
-            watch.judge(experiment.gradient(stepping, weights).double(), state)
-
-    optimizer.register_step_pre_hook(look)
+    watch_steps(optimizer, watch)
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
             output_dir=folder,

@@ -13,9 +13,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import subprocess
+import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,6 @@ from ..measure.coefficients import Coefficients, measure
 
 MICRO_BATCHES = 8
 WINDOWS = 2
-RANK, _STORE = "PROOF_RANK", "PROOF_STORE"  # how the first rank starts the others
 
 Loss = Callable[[int], torch.Tensor]
 """The loss of the k-th micro-batch of the current window, computed through the engine."""
@@ -101,8 +101,7 @@ def run(drive: Drive, **asked: Any) -> None:
     """
     experiment = Experiment(**asked)
     with_json = only_json_to_stdout()
-    rank = int(os.environ.get(RANK, "0"))
-    with other_ranks(experiment.ranks, rank) as store:
+    with all_ranks(experiment.ranks) as (rank, store):
         prepare_cpu()
         import deepspeed
 
@@ -121,29 +120,37 @@ def run(drive: Drive, **asked: Any) -> None:
 
 
 @contextlib.contextmanager
-def other_ranks(ranks: int, rank: int) -> Iterator[Any]:
-    """The store through which the ranks meet. The first one starts the others as it was started itself."""
+def all_ranks(ranks: int) -> Iterator[tuple[int, Any]]:
+    """(rank, the store through which the ranks meet). The block runs once on each rank, in processes forked from this
+    one, which end with it; only the first goes on."""
     if ranks == 1:
-        yield torch.distributed.HashStore()  # type: ignore[attr-defined]
-        return
-    if rank:
-        yield torch.distributed.FileStore(os.environ[_STORE], ranks)  # type: ignore[attr-defined]
+        yield 0, torch.distributed.HashStore()  # type: ignore[attr-defined]
         return
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder, "store"))
-        others = [
-            subprocess.Popen(sys.orig_argv, env=os.environ | {RANK: str(number), _STORE: store})
-            for number in range(1, ranks)
-        ]
+        others = []
+        for rank in range(1, ranks):
+            process = os.fork()
+            if not process:
+                code = 1
+                try:
+                    yield rank, torch.distributed.FileStore(store, ranks)  # type: ignore[attr-defined]
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(code)
+            others.append(process)
         try:
-            yield torch.distributed.FileStore(store, ranks)  # type: ignore[attr-defined]
+            yield 0, torch.distributed.FileStore(store, ranks)  # type: ignore[attr-defined]
         except BaseException:
-            for other in others:
-                other.kill()
+            for process in others:
+                os.kill(process, signal.SIGKILL)
             raise
         finally:
-            for other in others:
-                other.wait()
+            for process in others:
+                os.waitpid(process, 0)
 
 
 def _windows(deepspeed: ModuleType, experiment: Experiment, drive: Drive) -> Iterator[Coefficients]:

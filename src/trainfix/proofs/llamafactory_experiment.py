@@ -30,13 +30,15 @@ def train(
     importlib.import_module("llamafactory.train.tuner")  # all of its trainers, as its own command imports them
     settings: Any = importlib.import_module("llamafactory.hparams")
     trainers: Any = importlib.import_module("llamafactory.train.sft.trainer")
+    transformers: Any = importlib.import_module("transformers")
+    taken = getattr(settings, "TrainingArguments", transformers.Seq2SeqTrainingArguments)  # its own since 0.9.2
 
     model = tokens.tiny_llama()
     watch = tokens.Watch(model, losses=losses)
     rows = tokens.answers(4 * STEPS)
     watch.learn(rows)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = settings.TrainingArguments(
+        arguments = taken(
             output_dir=folder,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=STEPS,
@@ -46,6 +48,7 @@ def train(
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
+            **({"ddp_backend": "gloo"} if "RANK" in os.environ else {}),
         )
         trainer = trainers.CustomSeq2SeqTrainer(
             model=model,

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import experiment, token_experiment
+from . import deepspeed_trainer, token_experiment
 from .token_experiment import IGNORED, Row, Rows, Watch
 
 NEVER = 10**9
@@ -35,11 +35,7 @@ def run(*, steps: int = 8, rows: int = 2 * len(token_experiment.LENGTHS), epochs
 
 def _train(*, steps: int, rows: int, epochs: int) -> Watch:
     """Train the tiny model, one row per micro-batch, with `steps` of them in a window, and watch it."""
-    experiment.prepare_cpu()
-    places = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-    os.environ.update(places, MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # asked for, and not used: there is a store
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    deepspeed_trainer.start()
     model = token_experiment.tiny_llama(attn_implementation="eager", use_cache=False)
     data = token_experiment.answers(rows)
     watch = Watch(model)

@@ -44,8 +44,7 @@ def run(train: Callable[[], Watch], *, packages: Sequence[str], ranks: int = 1, 
     launcher sets; a lone process has neither.
     """
     write = experiment.only_json_to_stdout()
-    rank = int(os.environ.get(experiment.RANK, "0"))
-    with experiment.other_ranks(ranks, rank) as store:
+    with experiment.all_ranks(ranks) as (rank, store):
         torch.set_num_threads(1)
         if ranks > 1:
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}

@@ -23,10 +23,10 @@ RUNS_WITH: Mapping[str, Trigger] = MappingProxyType(
     {
         "deepspeed": Trigger(key="deepspeed", equals=(True,)),
         "openrlhf": Trigger(key="framework", equals=("openrlhf",)),
-        "llamafactory": Trigger(key="framework", equals=("llamafactory",)),
+        "llamafactory": Trigger(key="framework", equals=("llamafactory", "llamafactory-v1")),
         "trl": Trigger(key="framework", equals=("trl",)),
         "transformers": Trigger(key="framework", equals=_TRAINERS),
-        "accelerate": Trigger(key="framework", equals=("accelerate", *_TRAINERS)),
+        "accelerate": Trigger(key="framework", equals=("accelerate", *_TRAINERS, "llamafactory-v1")),
     }
 )
 

@@ -132,7 +132,7 @@ def test_fp8_without_bf16_is_open(write):
 def test_the_v1_trainer_has_a_window_of_one_without_global_batch_size(run):
     config = run("v1.yaml", as_yaml({**V1, "dist_config": {"name": "fsdp2"}}))
     values = [config.value(key) for key in ("framework", "task", STEPS, "epochs", "deepspeed")]
-    assert values == ["llamafactory", UNKNOWN, 1, 3, False]
+    assert values == ["llamafactory-v1", UNKNOWN, 1, 3, False]
     assert config.setting("deepspeed").because == "dist_config.name = fsdp2 (v1.yaml)"
 
 

@@ -197,3 +197,15 @@ def test_a_searched_batch_size_is_open(write):
     write("ds.json", AUTO)
     args = {**ARGUMENTS, "deepspeed": "ds.json", "auto_find_batch_size": True}
     assert load_run(write("args.json", args)).value("train_micro_batch_size_per_gpu") is UNKNOWN
+
+
+def test_a_window_that_the_deepspeed_config_leaves_out_is_open_where_trainer_has_another(run, tmp_path):
+    """accelerate's DeepSpeedPlugin writes 1 where the file has no steps, whatever Trainer counts itself."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    eight = run("eight.json", {**ARGUMENTS, "deepspeed": "ds.json", STEPS: 8})
+    assert eight.value(STEPS) is UNKNOWN
+    assert eight.setting(STEPS).because == (
+        "gradient_accumulation_steps is not set (ds.json): accelerate then takes 1 there, whatever the trainer does "
+        '(eight.json: 8); set it to "auto"'
+    )
+    assert run("one.json", {**ARGUMENTS, "deepspeed": "ds.json"}).value(STEPS) == 1

@@ -26,7 +26,8 @@ from trainfix.environment.configs import (
 )
 from trainfix.environment.configs.documents import ConfigError, Document, find, read
 from trainfix.environment.configs.draft import Draft
-from trainfix.environment.runconfig import Open, Origin, RunConfig
+from trainfix.environment.runconfig import Open, Origin, RunConfig, shown
+from trainfix.environment.runconfig.deepspeed import STEPS
 
 __all__ = ["KINDS", "ConfigError", "load", "load_run"]
 
@@ -110,6 +111,10 @@ def _joined(parts: Sequence[Draft | None]) -> RunConfig:
         take(part, part.fills, lambda key: values.get(key) == "auto")
     for part in order:
         take(part, part.assumed, lambda key: key not in values)
+    steps = values.get(STEPS)
+    if configured and not {STEPS, ""} & order[0].values.keys() and steps not in (None, 1):
+        why = f"{STEPS} is not set ({order[0].source}): accelerate then takes 1 there"
+        values[STEPS] = Open(f'{why}, whatever the trainer does ({order[1].source}: {shown(steps)}); set it to "auto"')
     chosen = values.get("deepspeed")
     if isinstance(chosen, Open):  # nor can anybody say, then, what its config would be
         values.setdefault("", chosen)

@@ -60,10 +60,10 @@ def recognises(document: Document) -> bool:
 def read(document: Document) -> tuple[Draft, ...]:
     """The draft of a training. Raises ConfigError for a config that trains nothing."""
     draft = Draft(document, KIND, "program")
-    draft.put("framework", "llamafactory", text=f"{document.path} is a config for LLaMA-Factory")
     if _is_v1(document):
         _v1(draft)
         return (draft,)
+    draft.put("framework", "llamafactory", text=f"{document.path} is a config for LLaMA-Factory")
     _refuse_others(draft)
     _task(draft)
     take(draft, "use_asft_loss", "use_asft_loss", truth, False, "LLaMA-Factory")
@@ -112,6 +112,7 @@ def _v1(draft: Draft) -> None:
     """The v1 trainer: its batches, and DeepSpeed where dist_config says so. accelerate builds DeepSpeed's config."""
     who = "LLaMA-Factory's v1 trainer"
     content = draft.document.content
+    draft.put("framework", "llamafactory-v1", text=f"{draft.source} is a config for {who}")
     if not {"train_dataset", "output_dir"} & content.keys():
         raise ConfigError(
             f"{draft.source} trains nothing: it names neither a train_dataset nor an output_dir; name the config of a "

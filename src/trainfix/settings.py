@@ -30,7 +30,7 @@ ADVISORY_IDS = (
 )
 # fmt: on
 MODES = ("on", "off", "warn", "strict")
-VARIABLES = ("TRAINFIX", "TRAINFIX_DISABLE", "TRAINFIX_QUIET")
+VARIABLES = ("TRAINFIX", "TRAINFIX_DISABLE", "TRAINFIX_QUIET", "TRAINFIX_STAMP")
 
 
 class SettingsError(ValueError):
@@ -38,13 +38,14 @@ class SettingsError(ValueError):
 
 
 class Settings:
-    """What the environment asks for. `disabled` holds advisory ids; `quiet` silences the summary line only;
-    `unknown` holds TRAINFIX_* variables that do not exist."""
+    """What the environment asks for. `disabled` holds advisory ids; `quiet` silences the summary line only; `stamp`:
+    checkpoints of repaired runs say so; `unknown` holds TRAINFIX_* variables that do not exist."""
 
-    __slots__ = ("disabled", "mode", "quiet", "unknown")
+    __slots__ = ("disabled", "mode", "quiet", "stamp", "unknown")
     mode: str
     disabled: frozenset[str]
     quiet: bool
+    stamp: bool
     unknown: tuple[str, ...]
 
     def __init__(
@@ -53,9 +54,11 @@ class Settings:
         mode: str = "on",
         disabled: frozenset[str] = frozenset(),
         quiet: bool = False,
+        stamp: bool = True,
         unknown: tuple[str, ...] = (),
     ) -> None:
-        for name, value in (("mode", mode), ("disabled", disabled), ("quiet", quiet), ("unknown", unknown)):
+        values = {"mode": mode, "disabled": disabled, "quiet": quiet, "stamp": stamp, "unknown": unknown}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -70,10 +73,23 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         raise SettingsError(f"TRAINFIX={environ['TRAINFIX']!r} means nothing; valid: {', '.join(MODES)}")
     asked = [part.strip().upper() for part in environ.get("TRAINFIX_DISABLE", "").split(",") if part.strip()]
     for part in asked:
-        if part not in ADVISORY_IDS:
+        if part not in ADVISORY_IDS and not is_of_third_party(part):
             raise SettingsError(f"TRAINFIX_DISABLE names {part!r}, no such advisory; valid: {', '.join(ADVISORY_IDS)}")
-    quiet = environ.get("TRAINFIX_QUIET", "").strip() or "0"
-    if quiet not in ("0", "1"):
-        raise SettingsError(f"TRAINFIX_QUIET={quiet!r} means nothing; valid: 0, 1")
+    quiet = _flag(environ, "TRAINFIX_QUIET", "0")
+    stamp = _flag(environ, "TRAINFIX_STAMP", "1")
     unknown = tuple(sorted(name for name in environ if name.startswith("TRAINFIX_") and name not in VARIABLES))
-    return Settings(mode=mode, disabled=frozenset(asked), quiet=quiet == "1", unknown=unknown)
+    return Settings(mode=mode, disabled=frozenset(asked), quiet=quiet, stamp=stamp, unknown=unknown)
+
+
+def is_of_third_party(id: str) -> bool:
+    """Whether an advisory id may be one of a third party's fix: ``ACME-0001``. Who has it is known once torch is."""
+    prefix, _, number = id.partition("-")
+    is_prefix = prefix[:1].isalpha() and prefix.isalnum() and prefix.isupper() and prefix != "TF"
+    return id.isascii() and is_prefix and number.isdecimal() and len(number) < 10
+
+
+def _flag(environ: Mapping[str, str], variable: str, default: str) -> bool:
+    value = environ.get(variable, "").strip() or default
+    if value not in ("0", "1"):
+        raise SettingsError(f"{variable}={value!r} means nothing; valid: 0, 1")
+    return value == "1"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -14,15 +13,18 @@ import yaml
 
 from tests.project.test_readme import run
 from trainfix.cli import _parsers
+from trainfix.environment import toml
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*(CHECKOUT / "docs").glob("*.md"), *(CHECKOUT / "patches").glob("*/README.md")])
+PAGES = sorted(
+    [CHECKOUT / "README.md", *(CHECKOUT / "docs").rglob("*.md"), *(CHECKOUT / "patches").glob("*/README.md")]
+)
 BLOCKS = [
     (page.relative_to(CHECKOUT), language, text)
     for page in PAGES
     for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
 ]
-CHECKED = {"python", "console", "json", "yaml", "toml", "text", "diff", "bash", "sh"}
+CHECKED = {"python", "console", "json", "yaml", "toml", "text", "diff", "bash", "ini", "sh"}
 
 
 def of(*languages: str) -> list[object]:
@@ -43,15 +45,20 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("block", of("console", "bash", "sh"))
-def test_every_command_of_trainfix_is_one(block: str) -> None:
-    lines = [line.removeprefix("$ ") for line in block.replace("\\\n", " ").splitlines()]
-    for line in lines:
-        words = shlex.split(line, comments=True)
-        if words[:1] == ["trainfix"]:
-            parser, commands = _parsers()
-            assert words[1] in commands, line
-            parser.parse_args(words[1:])
+COMMANDS = [
+    line.removeprefix("$ ")
+    for _, language, text in BLOCKS
+    for line in text.replace("\\\n", " ").splitlines()
+    if line.startswith("$ trainfix ") or (language == "bash" and line.startswith("trainfix "))
+]
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(COMMANDS))
+def test_every_command_of_trainfix_is_one(line: str) -> None:
+    _, command, *words = shlex.split(line, comments=True)
+    parser, commands = _parsers()
+    assert command in commands
+    parser.parse_args([command, *words])
 
 
 @pytest.mark.parametrize("block", of("python"))
@@ -60,11 +67,11 @@ def test_every_program_runs(block: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("block", of("json"))
-def test_every_json_block_parses(block: str) -> None:
-    json.loads(block)
+@pytest.mark.parametrize("block", of("json", "yaml"))
+def test_every_block_of_data_parses(block: str) -> None:
+    assert list(yaml.safe_load_all(block))  # JSON is YAML, too
 
 
-@pytest.mark.parametrize("block", of("yaml"))
-def test_every_yaml_block_parses(block: str) -> None:
-    assert list(yaml.safe_load_all(block))
+@pytest.mark.parametrize("block", of("toml"))
+def test_every_toml_block_parses(block: str) -> None:
+    assert toml.loads(block)

@@ -26,6 +26,7 @@ State = Literal[
 
 
 _NOBODY: Mapping[str, str] = {}
+_third_party: dict[str, tuple[Fix, str]] = {}  # name -> the fix, and the distribution and version that ships it
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,22 @@ class Decision:
 
 
 def load_fix(name: str) -> Fix:
-    """The fix of this name. Raises ImportError or AttributeError for a name that no module under trainfix.fixes has."""
+    """The fix of this name. Raises ImportError or AttributeError for a name that no module under trainfix.fixes has,
+    and no third party has registered."""
+    if name in _third_party:
+        return _third_party[name][0]
     fix: Fix = import_module(f"trainfix.fixes.{name}").FIX
     return fix
+
+
+def register(fix: Fix, shipped_by: str) -> None:
+    """From here on `load_fix` knows this fix of a third party, which `shipped_by` (``acme-fixes 1.2``) ships."""
+    _third_party[fix.name] = fix, shipped_by
+
+
+def shipped_by(name: str) -> str | None:
+    """The distribution and version that ships the fix of this name, None if it is trainfix's own."""
+    return _third_party[name][1] if name in _third_party else None
 
 
 def targets_of(fix: Fix, advisories: Iterable[Advisory]) -> tuple[str, ...]:

@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 current = settings.Settings(mode="off")
 
+# Third parties' fixes are looked for when this is imported: what they repair trains with it.
+PLUGINS_AT = "torch"
+
 
 class Finder:
-    """Looks only at the names in TARGETS, and hands the finding itself to everybody else on ``sys.meta_path``."""
+    """Looks only at torch and the names in TARGETS; the finding itself it leaves to the others on ``sys.meta_path``."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in TARGETS:
+        if name not in TARGETS and name != PLUGINS_AT:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
@@ -67,6 +70,11 @@ def imported(name: str) -> None:
         # Another thread may be in `import trainfix`, which can need what follows: it goes first, or each would wait
         # for the other.
         import trainfix  # noqa: F401
+
+        if name == PLUGINS_AT:
+            from trainfix.engine import plugins
+
+            return plugins.scan()
         from trainfix.engine import lifecycle
     except ImportError as error:  # a broken installation of trainfix must not break the user's import, nor pass unseen
         next_step = "reinstall trainfix with its requirements"
@@ -93,7 +101,7 @@ def switch_on() -> None:
     """``trainfix.apply`` was called: it wins over TRAINFIX=off."""
     global current
     if current.mode == "off":
-        current = settings.Settings(disabled=current.disabled, quiet=current.quiet)
+        current = settings.Settings(disabled=current.disabled, quiet=current.quiet, stamp=current.stamp)
     arm()
 
 
@@ -106,7 +114,12 @@ def arm() -> None:
     if _armed():
         return
     sys.meta_path.insert(0, Finder())
-    for name in TARGETS:
+    catch_up((PLUGINS_AT, *TARGETS))
+
+
+def catch_up(names: tuple[str, ...]) -> None:
+    """See to those of these modules that are imported already."""
+    for name in names:
         module = sys.modules.get(name)
         if module is None:
             continue

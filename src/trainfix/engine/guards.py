@@ -13,6 +13,7 @@ from trainfix.engine.contract import Function, Guard
 from trainfix.engine.errors import UnfixedBugError
 
 Reached = Callable[..., None]
+HARMFUL = ("gradient", "scale")  # severities
 
 
 def wrap(guard: Guard, original: Function, look: Reached) -> Function:
@@ -37,6 +38,16 @@ def built_before(guard: Guard) -> list[object]:
         return []
     cls, _ = replace.resolve(guard.path)
     return [thing for thing in gc.get_objects() if cls.owner in type(thing).__mro__]
+
+
+def is_built_at(guard: Guard, thing: object) -> bool:
+    """Whether it is a constructor guard, and `thing` an object that is built there."""
+    if not guard.on_construction:
+        return False
+    try:
+        return replace.resolve(guard.path)[0].owner in type(thing).__mro__
+    except replace.Missing:
+        return False
 
 
 def asked(guard: Guard, advisory: Advisory, *args: Any, **kwargs: Any) -> str | None:
@@ -68,7 +79,7 @@ def stop(advisory: Advisory, installed: str, reason: str, why_not: str, *, prove
         f"  (2) change the configuration: {advisory.ways_out['config']}\n"
         f"  (3) {absent}, set TRAINFIX_DISABLE={advisory.id}"
     )
-    harmful = advisory.severity in ("gradient", "scale") and advisory.evidence_level == "proved" and proved
+    harmful = advisory.severity in HARMFUL and advisory.evidence_level == "proved" and proved
     if harmful and mode != "warn":
         raise UnfixedBugError(f"{text}\nTRAINFIX=warn turns this stop into a warning.", advisory.id)
     report.warn(text, every_rank=True)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import trainfix
-from trainfix.advisories import Advisory, judge, load, load_all
-from trainfix.engine import agreement, finder, guards, replace, report
+from trainfix.advisories import Advisory, judge
+from trainfix.engine import agreement, finder, guards, replace, report, stamp
 from trainfix.engine.contract import Fix, Guard, Target, keep_until_window_ends
-from trainfix.engine.decide import Decision, State, decide, load_fix, targets_of
+from trainfix.engine.decide import Decision, State, decide, load_fix, shipped_by, targets_of
 from trainfix.engine.errors import UnfixedBugError
+from trainfix.engine.plugins import load, load_all
 from trainfix.engine.targets import TARGETS
 from trainfix.environment.installed import find, shapes_of
 
@@ -138,7 +139,8 @@ def on_import(module: str) -> None:
             for fix in fixes:
                 if fix.modules <= _executed:
                     _consider(fix)
-            if not any(_under_way(name) for name in TARGETS):
+            _stand_at_checkpoints()
+            if not any(_under_way(name) for name in list(TARGETS)):
                 _announce()  # one summary for all
     except UnfixedBugError:
         raise
@@ -156,6 +158,7 @@ def _under_way(module: str) -> bool:
 
 
 def _consider(fix: Fix, *, anew: bool = False) -> None:
+    _stamps.aside([guard.path for guard in fix.guards])
     known = _repairs.get(fix.name)
     if known is not None and known.in_place() and not anew:
         return _stand_guard(known)
@@ -198,13 +201,18 @@ def _versions(fix: Fix) -> dict[str, str]:
     """Installed versions of the packages that the fix speaks of; of several copies, the one that was imported."""
     versions = {}
     for package in {fix.package, *fix.requires, *(name for id in fix.advisories for name in load(id).needs)}:
-        copies = find(package)
-        file = getattr(sys.modules.get(package), "__file__", None)
-        imported = [copy for copy in copies if file and Path(file).resolve().is_relative_to(copy.location / package)]
-        for copy in (imported or copies)[:1]:
-            versions[package] = copy.version
+        version = _installed_version(package)
+        if version is not None:
+            versions[package] = version
     versions.setdefault(fix.package, _own_version(fix.package))
     return versions
+
+
+def _installed_version(package: str) -> str | None:
+    copies = find(package)
+    file = getattr(sys.modules.get(package), "__file__", None)
+    imported = [copy for copy in copies if file and Path(file).resolve().is_relative_to(copy.location / package)]
+    return next((copy.version for copy in imported or copies), None)
 
 
 def _own_version(package: str) -> str:
@@ -262,6 +270,41 @@ def _stand_guard(repair: _Repair) -> None:
             _look(repair, guard, instance)
 
 
+def _stand_at_checkpoints() -> None:
+    """Watch where runs of what is repaired now save and load, and nowhere else."""
+    repaired = [repair for repair in _repairs.values() if repair.journal and finder.current.stamp]
+    targets = {target.path for repair in repaired for target in repair.fix.targets}
+    wanted = stamp.of_packages(repair.fix.package for repair in repaired)
+    _stamps.stand([place for place in wanted if place.module in _executed and place.path not in targets])
+
+
+def _account() -> tuple[list[Record], dict[str, str]]:
+    """For a stamp: a record of each advisory that was decided on in this process, and the imported packages."""
+    with _lock:
+        records = [_record(load(id), {}, {}) for repair in _repairs.values() for id in repair.decisions]
+        shippers = [shipped for repair in _repairs.values() if (shipped := shipped_by(repair.fix.name)) is not None]
+    packages = ["torch", *(name for name in list(TARGETS) if "." not in name)]
+    found = {name: _installed_version(name) or _own_version(name) for name in packages if name in sys.modules}
+    return records, {**found, **dict(one.split(" ", 1) for one in shippers)}
+
+
+def _looked_after(parts: Sequence[Any]) -> set[str]:
+    """The advisories that harm gradients, of the fixes that look after one of these objects."""
+    caring = [
+        repair.fix
+        for repair in list(_repairs.values())
+        if any(
+            guards.is_built_at(guard, part) and repair.fix.repairs(part)
+            for part in parts
+            for guard in repair.fix.guards
+        )
+    ]
+    return {id for fix in caring for id in fix.advisories if load(id).severity in guards.HARMFUL}
+
+
+_stamps = stamp.Posts(_account, _looked_after)
+
+
 def look(fix: str, guard: Guard, instance: object) -> None:
     """For a fix whose event is no call of a method, which the engine could guard: to be called before it happens."""
     _look(_repairs[fix], guard, instance)
@@ -304,7 +347,8 @@ def _stop(repair: _Repair, advisory: Advisory, decision: Decision, reason: str, 
 def _agree(repair: _Repair, instance: object) -> None:
     built_for = "+".join(sorted(repair.applied))
     repaired = f"{repair.fix.name} ({built_for}) on {repair.fix.package} {repair.installed}"
-    digest = f"trainfix {trainfix.__version__} {repaired}"
+    shipped = shipped_by(repair.fix.name)
+    digest = f"trainfix {trainfix.__version__} {f'with {shipped} ' if shipped else ''}{repaired}"
     trouble = agreement.disagreement(repair.fix.name, digest, repair.fix.group(instance))
     if trouble is None:
         return
@@ -455,6 +499,7 @@ def apply(*ids: str) -> list[Record]:
         for name, fix in fixes.items():
             if fix.modules <= _executed:
                 _consider(fix, anew=name in newly)
+        _stand_at_checkpoints()
         _announce()
         records = _records([load(id) for id in wanted])
     for record in records:
@@ -483,9 +528,11 @@ def revert(*ids: str) -> tuple[str, ...]:
         leaving = [repair for repair in repairs if not repair.applied - gone]
         unguarded = [repair for repair in leaving if not repair.guarded - gone]
         posts = _left_by(unguarded)
+        _stamps.aside([guard.path for repair in unguarded for guard in repair.fix.guards])
         journals = [repair.journal for repair in leaving] + [post.journal for post in posts]
         for entry in chain.from_iterable(journals):
             if (holder := entry.holder()) is not None:
+                _stand_at_checkpoints()
                 what = f"{replace.describe(entry.original)} has since been replaced by {holder}"
                 raise RuntimeError(f"cannot revert {', '.join(wanted)}: {what}")
         for id in wanted:
@@ -501,6 +548,7 @@ def revert(*ids: str) -> tuple[str, ...]:
         for repair in leaving:
             _undo(repair)
         back |= _no_longer_asked(_asked & set(wanted), [repair for repair in repairs if repair not in leaving])
+        _stand_at_checkpoints()
         for repair in repairs:
             _warn_shared(repair)
     return tuple(sorted(back))

@@ -121,12 +121,14 @@ def _read(path: Path) -> Advisory:
     except (OSError, ValueError) as error:
         raise RecordError(f"cannot read the record {path}: {error}; {repair}") from error
     try:
-        return _advisory(record)
+        return parse(record)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise RecordError(f"the record {path} is incomplete ({type(error).__name__}: {error}); {repair}") from error
 
 
-def _advisory(record: dict[str, Any]) -> Advisory:
+def parse(record: Mapping[str, Any]) -> Advisory:
+    """The advisory of an OSV record. Raises KeyError, IndexError, TypeError, AttributeError or ValueError for one that
+    is incomplete."""
     ours = record["database_specific"]["trainfix"]
     affected = record["affected"][0]
     events = {key: value for event in affected["ranges"][0]["events"] for key, value in event.items()}
@@ -149,7 +151,7 @@ def _advisory(record: dict[str, Any]) -> Advisory:
         fix=ours["fix"],
         proof=ours["proof"],
         evidence=MappingProxyType(evidence),
-        triggers=tuple(_trigger(**trigger) for trigger in ours["triggers"]),
+        triggers=tuple(trigger_of(**trigger) for trigger in ours["triggers"]),
         ways_out=MappingProxyType(ours["ways_out"]),
         references=tuple((reference["type"], reference["url"]) for reference in record["references"]),
         source_patches=tuple(SourcePatch(**patch) for patch in ours["source_patches"]),
@@ -159,9 +161,10 @@ def _advisory(record: dict[str, Any]) -> Advisory:
     )
 
 
-def _trigger(*, equals: object = (), any_of: Sequence[Mapping[str, Any]] = (), **fields: Any) -> Trigger:
+def trigger_of(*, equals: object = (), any_of: Sequence[Mapping[str, Any]] = (), **fields: Any) -> Trigger:
+    """The trigger of a record or hazard: one value or several in `equals`, triggers in `any_of`."""
     values = tuple(equals) if isinstance(equals, (list, tuple)) else (equals,)
-    return Trigger(equals=values, any_of=tuple(_trigger(**one) for one in any_of), **fields)
+    return Trigger(equals=values, any_of=tuple(trigger_of(**one) for one in any_of), **fields)
 
 
 def judge(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, str | None]) -> Verdict:

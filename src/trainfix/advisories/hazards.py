@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from trainfix.advisories import RecordError, Trigger, _trigger
+from trainfix.advisories import RecordError, Trigger, trigger_of
 from trainfix.advisories.reach import condition, reach
 from trainfix.environment.runconfig import RunConfig, is_since, shown
 from trainfix.environment.runconfig.deepspeed import decides
@@ -79,7 +79,7 @@ def load_all() -> tuple[Hazard, ...]:
 
 
 def _hazard(*, triggers: Sequence[dict[str, Any]] = (), unless: Sequence[str] = (), **fields: Any) -> Hazard:
-    return Hazard(**fields, unless=tuple(unless), triggers=tuple(_trigger(**trigger) for trigger in triggers))
+    return Hazard(**fields, unless=tuple(unless), triggers=tuple(trigger_of(**trigger) for trigger in triggers))
 
 
 def between(package: str, installed: str, target: str, configs: Sequence[RunConfig] = ()) -> tuple[Hazard, ...]:

@@ -149,7 +149,7 @@ def _advisory(record: dict[str, Any], fix: Fix) -> Advisory:
     if not isinstance(id, str) or not is_of_third_party(id):
         raise Unusable(f"the id {id!r} is not PREFIX-NUMBER in capitals, with a prefix of your own (TF is trainfix's)")
     try:
-        advisory = advisories._advisory(record)
+        advisory = advisories.parse(record)
         for version in (advisory.introduced, advisory.last_run):
             Version(version)
         fields = [advisory.ways_out[key] for key in ("upgrade", "config")]

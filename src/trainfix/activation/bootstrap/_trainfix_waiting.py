@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-# The top-level packages of trainfix.engine.targets.TARGETS; tests/activation keeps the two equal.
-PACKAGES = frozenset(("accelerate", "deepspeed", "llamafactory", "openrlhf", "torchao", "transformers", "trl"))
+# The top-level packages of trainfix.engine.targets.TARGETS, which tests/activation keeps equal, and torch, with whose
+# import the fixes of third parties are looked for.
+PACKAGES = frozenset(("accelerate", "deepspeed", "llamafactory", "openrlhf", "torch", "torchao", "transformers", "trl"))
 OLDEST = (3, 10)
 INSIDE = os.path.join("trainfix", "activation", "bootstrap")
 HOME = os.path.dirname(os.path.abspath(__file__))[: -len(INSIDE) - 1]  # the folder that holds the package trainfix

@@ -117,7 +117,7 @@ def test_a_deepspeed_config_beside_it_answers_what_the_files_do_not(checkpoint, 
 
 
 def test_the_runs_config_beside_it_is_joined_with_it(checkpoint, write):
-    write("ds.json", {"zero_optimization": {"stage": 2}})
+    write("ds.json", {STEPS: "auto", "zero_optimization": {"stage": 2}})
     args = write("args.json", {"output_dir": "out", "save_steps": 75, STEPS: 4, "deepspeed": "ds.json"})
     (config,) = load([args, checkpoint(*zero(75, 4, stage=2))])
     values = [config.value(key) for key in ("framework", "ranks", "epochs", STEPS, STAGE)]

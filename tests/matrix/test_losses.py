@@ -19,16 +19,15 @@ KNOWN = shapes.known()
 every_advisory = pytest.mark.parametrize("advisory", KNOWN, ids=lambda one: one.id)
 
 
-def test_the_committed_table_has_no_complaint() -> None:
+def test_the_committed_table_has_every_row_and_no_complaint() -> None:
     rows = losses.load()
-    assert list(rows) == [name for name in losses.rows_wanted() if name in rows], "run: make matrix"
+    assert list(rows) == list(losses.rows_wanted()), "run: make matrix"
     assert [f"{name}: {text}" for name, row in rows.items() for text in row["complaints"]] == []
     assert [name for name, row in rows.items() if row["wrong_after"]] == []
 
 
 def test_the_committed_table_was_made_with_this_code() -> None:
-    rows = losses.load()
-    assert [name for name in losses.stale(rows) if name in rows] == [], "run: make matrix"
+    assert losses.stale(losses.load()) == [], "run: make matrix"
 
 
 def test_every_affected_release_is_in_a_band_that_reaches_the_error() -> None:

@@ -69,7 +69,7 @@ def _examined(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--checkpoint",
         metavar="DIR",
-        help="examine what a checkpoint's trainfix.json says of its run; without one, this environment",
+        help="examine what a checkpoint's trainfix.json says of its run",
     )
 
 
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.prove and (args.site or args.lock or args.checkpoint):
         raise base.UsageError("--prove runs this environment's packages: leave out --site, --lock and --checkpoint")
     base.check_output(args.output)
-    installation, remarks = _installation(args)
+    installation, remark = _installation(args)
     report = examine(
         _configs(args),
         installation,
@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
         ignored=args.reasons,
         strict=args.strict,
     )
-    report = replace(report, remarks=(*remarks, *report.remarks))
+    if remark:
+        report = replace(report, remarks=(remark, *report.remarks))
     if args.prove:
         report = _proved(report)
     base.write_report(_renderer(args)(report), args.output)
@@ -121,21 +122,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _configs(args: argparse.Namespace) -> tuple[RunConfig, ...]:
-    from trainfix.environment.configs import ConfigError, load
+    """The runs; of a checkpoint without a config, what the files beside it tell."""
+    from trainfix.environment.configs import ConfigError, holds_run, load
 
+    beside = [args.checkpoint] if args.checkpoint is not None and holds_run(args.checkpoint) else []
     try:
-        return load(args.config, args.kind)
+        return load(args.config or beside, args.kind)
     except ConfigError as error:
         raise base.UsageError(f"--config: {error}") from None
 
 
-def _installation(args: argparse.Namespace) -> tuple[Installation | None, tuple[str, ...]]:
+def _installation(args: argparse.Namespace) -> tuple[Installation | None, str]:
     """What to examine in place of this interpreter's packages, and what to say of it first."""
     if args.site is not None:
-        return _at_site(args.site), ()
+        return _at_site(args.site), ""
     if args.lock is not None:
-        return _of_lock(args.lock), ()
-    return (None, ()) if args.checkpoint is None else _of_checkpoint(args.checkpoint)
+        return _of_lock(args.lock), ""
+    return (None, "") if args.checkpoint is None else _of_checkpoint(args.checkpoint)
 
 
 def _at_site(where: str) -> Installation:
@@ -158,14 +161,17 @@ def _of_lock(path: str) -> Installation:
         raise base.UsageError(f"--lock: {error}") from None
 
 
-def _of_checkpoint(folder: str) -> tuple[Installation | None, tuple[str, ...]]:
+def _of_checkpoint(folder: str) -> tuple[Installation, str]:
     from trainfix.environment.checkpoints import CheckpointError
     from trainfix.environment.installation import of_checkpoint
 
     try:
-        return of_checkpoint(folder)
+        found, meaning = of_checkpoint(folder)
     except CheckpointError as error:
         raise base.UsageError(f"--checkpoint: {error}") from None
+    if found is None:
+        raise base.Undecided(f"{meaning} For a verdict by versions give what it was trained with: --lock FILE")
+    return found, meaning
 
 
 def _proved(report: Report) -> Report:

@@ -76,7 +76,7 @@ def of_lock(path: str) -> Installation:
     return Installation(None, path, lock.python, versions=lock.packages, open=lock.open, lock=lock)
 
 
-def of_checkpoint(folder: str) -> tuple[Installation | None, tuple[str, ...]]:
+def of_checkpoint(folder: str) -> tuple[Installation | None, str]:
     """The versions that a checkpoint was saved with, and what was repaired then, with a person's words for it; None
     where the checkpoint has no stamp.
 
@@ -86,7 +86,6 @@ def of_checkpoint(folder: str) -> tuple[Installation | None, tuple[str, ...]]:
 
     stamp = checkpoints.read(folder)
     if stamp.file is None:
-        rest = "below, the packages of this environment are judged; give --lock for those of that run"
-        return None, (stamp.meaning, rest)
+        return None, stamp.meaning
     repaired = stamp.ids - frozenset(stamp.partly)
-    return Installation(None, stamp.file, versions=stamp.packages, repaired=repaired), (stamp.meaning,)
+    return Installation(None, stamp.file, versions=stamp.packages, repaired=repaired), stamp.meaning

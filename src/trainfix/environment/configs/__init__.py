@@ -29,7 +29,7 @@ from trainfix.environment.configs.draft import Draft
 from trainfix.environment.runconfig import Open, Origin, RunConfig, shown
 from trainfix.environment.runconfig.deepspeed import STEPS
 
-__all__ = ["KINDS", "ConfigError", "load", "load_run"]
+__all__ = ["KINDS", "ConfigError", "holds_run", "load", "load_run"]
 
 # In the order in which they are asked; the last one takes every JSON object.
 READERS: tuple[Any, ...] = (
@@ -38,6 +38,11 @@ READERS: tuple[Any, ...] = (
     deepspeed,
 )
 KINDS = tuple(reader.KIND for reader in READERS)
+
+
+def holds_run(folder: str) -> bool:
+    """Whether a folder has the files of a saved run, which `load` reads."""
+    return saved_run.holds(folder)
 
 
 def load_run(path: str) -> RunConfig:

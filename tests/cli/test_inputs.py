@@ -199,3 +199,19 @@ def test_doctor_proves_what_it_finds_and_says_it_in_the_finding(trainfix, write,
     assert (proof["reproduced"], proof["repaired"]) == (True, True)
     assert [round(one) for one in proof["before"]["coefficients"]] == [1, 0, 0, 0, 0, 0, 0, 1]
     assert "TF-0001 shown, gone with the repair" in answer.err
+
+
+def test_an_enabled_environment_is_shown_and_counts_as_repaired(trainfix, write, tmp_path):
+    from trainfix.activation.found import START_FILE
+    from trainfix.cli.enable import LINE
+
+    source = Path(__file__).resolve().parents[2] / "src"
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    (site / "trainfix.pth").write_text(f"{source}\n{release('0.18.9')}\n")
+    argv = ("doctor", "--site", "site-packages", "--config", write())
+    assert trainfix(*argv, installed=None).code == 1
+    (site / START_FILE).write_text(LINE)
+    answer = trainfix(*argv, "--format", "json", installed=None)
+    assert (answer.finding()["repaired_by"], answer.json["active"]) == ("trainfix enable", True)
+    assert START_FILE in trainfix(*argv, installed=None).out.replace("\n", "")

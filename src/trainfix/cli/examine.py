@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from trainfix import settings
-from trainfix.activation.found import active_in
+from trainfix.activation.found import active_in, enabled_files
 from trainfix.advisories import Advisory, Verdict, holds, judge, judge_version, load_all, unmet
 from trainfix.advisories.hazards import Hazard, between, in_force
 from trainfix.advisories.reach import Reach, reach_any
@@ -131,7 +131,7 @@ def examine(
         packages=examiner.versions,
         active=examiner.activation is not None and settings.read().mode != "off",
         configs=tuple(config.source for config in configs),
-        remarks=tuple(_remarks(examiner.copies, examiner.versions, load_all())),
+        remarks=(*_active(installation), *_remarks(examiner.copies, examiner.versions, load_all())),
         findings=tuple(replace(examiner.finding(one), ignored=(ignored or {}).get(one.id)) for one in advisories),
         hazards=tuple(
             (hazard, config.source)
@@ -151,6 +151,12 @@ def _activation(installation: Installation) -> str | None:
     if installation.paths is None:
         return None
     return active_in(installation.paths, os.environ if installation.source is None else {})
+
+
+def _active(installation: Installation) -> Iterator[str]:
+    """That, and by which file, every interpreter of the installation is active."""
+    for file in enabled_files(installation.paths or ()):
+        yield f"`trainfix enable` is in force here: {file}"
 
 
 class _Examiner:

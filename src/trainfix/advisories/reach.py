@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
@@ -36,13 +36,14 @@ class Reach:
     """Whether the error is reached, and the settings that decide it, each with the file that it stands in.
 
     `by_program`: it is unknown only because the rest depends on the training program, which no config shows.
-    `places`: where the deciding values stand.
+    `places`: where the deciding values stand. `program_unsaid`: the files do not say whether the run uses the package.
     """
 
     reachable: Reachable
     because: tuple[str, ...]
     by_program: bool = False
     places: tuple[Origin, ...] = ()
+    program_unsaid: bool = False
 
 
 def reach(triggers: Sequence[Trigger], config: RunConfig | None, versions: Mapping[str, str] = _NO_VERSIONS) -> Reach:
@@ -65,7 +66,8 @@ def reach_any(advisory: Advisory, configs: Sequence[RunConfig], versions: Mappin
     deciding = [one for one in found if one.reachable == answer]
     because = dict.fromkeys(reason for one in deciding for reason in one.because)
     places = dict.fromkeys(place for one in deciding for place in one.places)
-    return Reach(answer, tuple(because), all(one.by_program for one in deciding), tuple(places))
+    by_program, unsaid = (all(getattr(one, name) for one in deciding) for name in ("by_program", "program_unsaid"))
+    return Reach(answer, tuple(because), by_program, tuple(places), unsaid)
 
 
 def _reached_by(advisory: Advisory, config: RunConfig | None, versions: Mapping[str, str]) -> Reach:
@@ -77,7 +79,7 @@ def _reached_by(advisory: Advisory, config: RunConfig | None, versions: Mapping[
     uses = _meets(runs_with, config, versions)
     if uses.reachable == "yes" or own.reachable == "no":
         return own
-    return uses if uses.reachable == "no" else _all([uses, own])
+    return uses if uses.reachable == "no" else replace(_all([uses, own]), program_unsaid=True)
 
 
 def condition(trigger: Trigger) -> str:

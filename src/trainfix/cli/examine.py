@@ -43,6 +43,7 @@ class Finding:
     because: tuple[str, ...] = ()
     places: tuple[Origin, ...] = ()
     by_program: bool = False
+    program_unsaid: bool = False
     repair: Literal["available", "refused", "none"] = "none"
     repaired_by: str | None = None
     blocked_by: tuple[Blocker, ...] = ()
@@ -216,6 +217,7 @@ class _Examiner:
             because=reach.because,
             places=reach.places,
             by_program=reach.by_program,
+            program_unsaid=reach.program_unsaid,
             repair="available" if available else "refused" if obstacle else "none",
             repaired_by=self._repaired_by(advisory, repairing, available and not off),
             blocked_by=self._blocked_by(advisory, reach),

@@ -74,10 +74,10 @@ def _gravity(finding: Finding) -> tuple[object, ...]:
 
 def _is_full(finding: Finding, report: Report) -> bool:
     """Whether it gets a block: what is reached, and what is grave. Without a config, of the latter only what can be
-    repaired: the run may reach none of it."""
+    repaired, and nothing of a package that the run may not use at all: it may reach none of it."""
     if finding.reachable == "yes":
         return True
-    return finding.counts and (bool(report.configs) or finding.advisory.fix is not None)
+    return finding.counts and not finding.program_unsaid and (bool(report.configs) or finding.advisory.fix is not None)
 
 
 def mark_of(finding: Finding, report: Report) -> str:
@@ -139,6 +139,12 @@ def _head(report: Report, waiting: bool) -> Iterator[Entry]:
     if waiting and not report.configs:
         ask = "no config was given, so what the run reaches is not known: trainfix doctor --config FILE"
         yield row("note", ask, indent=0)
+    unsaid = [one for one in report.findings if one.program_unsaid and not one.settled]
+    if unsaid:
+        files = files_of(report)
+        ask = f"{', '.join(files)} {'does' if len(files) == 1 else 'do'} not say which program trains"
+        errors = f"{len(unsaid)} error{'s' if len(unsaid) > 1 else ''}"
+        yield row("note", f"{ask}: give its own config too (--config), for a clear answer about {errors}", indent=0)
 
 
 def _group(full: Sequence[Finding], brief: Sequence[Finding], report: Report, width: int) -> Iterator[Iterable[Entry]]:

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 SECONDS = 4
-"""How long ranks wait for each other here, instead of a minute."""
+"""How long ranks wait for the odd one, instead of a minute."""
 
 
 def train() -> dict[str, Any]:
@@ -25,7 +25,7 @@ def train() -> dict[str, Any]:
     untouched.__path__ = [str(experiment.SOURCE / "trainfix")]
     deepspeed = experiment._start()
     agreement = sys.modules.get("trainfix.engine.agreement")
-    if agreement is not None:
+    if agreement is not None and "ODD_RANK" in os.environ:
         agreement.TIMEOUT_SECONDS = SECONDS  # type: ignore[attr-defined]
     answer: dict[str, Any] = {"rank": int(os.environ["RANK"]), "active": agreement is not None, "error": None}
     try:

@@ -82,6 +82,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The variables for a driver: Ray, and an empty package to repair, on its path."""
     folders = [stacks.folder(name, version) for name, version in RAY.items()]
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    quiet |= {"RAY_worker_niceness": "0"}  # else other tests on the same cores starve the actors
     return without_trainfix(*folders, package(tmp_path_factory.mktemp("packages")), **quiet)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def doctor(places: Sequence[Path]) -> dict[str, str]:
 def cases_of(band: Band, release: str) -> list[Case]:
     """The configurations that are run on a release of the band. What DeepSpeed leaves in a process, accelerate sees:
     its own come last."""
-    cases = [case for case in band.cases if Version(case.since) <= Version(release) <= Version(case.until)]
+    held = [case for case in band.cases if Version(case.since) <= Version(release) <= Version(case.until)]
+    cases = [case for case in held if release not in case.cannot]
     return sorted(cases, key=lambda case: "deepspeed" in case.configuration)
 
 
@@ -130,6 +132,10 @@ def same(before: Row, after: Row) -> bool:
 
 def complaints(verdicts: Mapping[str, str], case: Case, before: Row, after: Row) -> list[str]:
     """What is not as it must be in one configuration; an empty list if all is well."""
+    stopped = [id for id in case.reaches if verdicts.get(id) == "affected" and id in stopping()]
+    if stopped and before["error"] is None and is_wrong(before):
+        said = str(after["error"])
+        return [] if f"UnfixedBugError: {stopped[0]} is reached" in said else [f"{case.name}: not stopped: {said}"]
     failed = [f"{case.name}: {result['error']}" for result in (before, after) if result["error"] is not None]
     failed += [f"{case.name}: no window" for result in (before, after) if not result["windows"] and not failed]
     if failed:
@@ -158,6 +164,13 @@ def repaired() -> list[advisories.Advisory]:
     """The advisories of losses that a repair exists for, and that the bands' programs can reach."""
     known = [one for one in advisories.load_all() if one.package in PROGRAMS and one.id not in RUN_ELSEWHERE]
     return [one for one in known if (fix := one.repaired_by.fix) is not None and load_fix(fix).build is not None]
+
+
+@cache
+def stopping() -> frozenset[str]:
+    """The advisories that nothing repairs: a run that reaches one is stopped."""
+    known = [one for one in advisories.load_all() if one.package in PROGRAMS and one.fix is not None]
+    return frozenset(one.id for one in known if load_fix(str(one.fix)).build is None)
 
 
 def not_covered() -> list[str]:

@@ -399,7 +399,7 @@ def test_a_default_is_that_of_all_releases(config, key):
     found = {version: default_of(version, *PLACES[key]) for version in RELEASES}
     known = {version: default for version, default in found.items() if default is not Missing}
     assert RELEASES[-1] in known or key in ("amp.enabled", "sparse_gradients")  # dropped in 0.19.8
-    assert known == {version: read.value(key, version) for version in known}
+    assert known == {version: read.value(key, at(version)) for version in known}
 
 
 BATCH = {"train_micro_batch_size_per_gpu": 2}

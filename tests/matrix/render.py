@@ -47,7 +47,7 @@ def bands(rows: list[Row]) -> str:
 def bands_of_losses(rows: Sequence[Row]) -> str:
     """The short table of losses: neighbouring bands with the same errors in one line, what was run in them added up."""
     lines = [
-        "| package | releases | errors that trainfix repairs | runs without and with trainfix |",
+        "| package | releases | errors that trainfix repairs or stops | runs without and with trainfix |",
         "|---|---|---|---|",
     ]
     for (package, errors), group in groupby(rows, key=lambda row: (row["package"], _affected(row))):
@@ -55,7 +55,9 @@ def bands_of_losses(rows: Sequence[Row]) -> str:
         span = _span(of_group[0]["band"][0], of_group[-1]["band"][1])
         complaints = [text for row in of_group for text in row["complaints"]]
         wrong, runs = (sum(counts) for counts in zip(*map(_counts, of_group), strict=True))
-        outcome = f"{wrong} of {runs} wrong before, 0 after" if wrong else f"{runs} right before, untouched"
+        stops = {id for row in of_group for id in row["affected"]} <= losses.stopping()
+        then = "each stopped with trainfix" if stops else "0 after"
+        outcome = f"{wrong} of {runs} wrong before, {then}" if wrong else f"{runs} right before, untouched"
         lines.append(f"| {_NAMES[package]} | {span} | {errors} | {'; '.join(complaints) or outcome} |")
     return "\n".join(lines)
 

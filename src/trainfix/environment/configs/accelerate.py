@@ -37,10 +37,10 @@ WITHOUT = (
     *("MULTI_CPU", "MULTI_GPU", "MULTI_HPU", "MULTI_MLU", "MULTI_MUSA", "MULTI_NPU", "MULTI_SDAA", "MULTI_XPU"),
 )
 _LAUNCHES = frozenset(
-    (
-        *("compute_environment", "deepspeed_config", "downcast_bf16", "fsdp_config", "gpu_ids", "machine_rank"),
-        *("main_training_function", "mixed_precision", "num_machines", "num_processes", "rdzv_backend", "use_cpu"),
-    )
+    """
+    compute_environment deepspeed_config downcast_bf16 fsdp_config gpu_ids machine_rank main_training_function
+    mixed_precision num_machines num_processes rdzv_backend use_cpu
+    """.split()
 )
 
 

@@ -23,12 +23,11 @@ WHO = "axolotl"
 AVERAGED = ByRelease("axolotl", transformers.AVERAGED, (("0.12.2", False),))
 
 OWN = frozenset(
-    (
-        *("adapter", "chat_template_jinja", "dataset_prepared_path", "flash_attention"),
-        *("gradient_accumulation_steps", "lora_r", "micro_batch_size", "num_epochs", "pretraining_dataset", "rl"),
-        *("sample_packing", "sequence_len", "special_tokens", "test_datasets", "train_on_inputs", "type_of_model"),
-        *("val_set_size",),
-    )
+    """
+    adapter chat_template_jinja dataset_prepared_path flash_attention gradient_accumulation_steps lora_r
+    micro_batch_size num_epochs pretraining_dataset rl sample_packing sequence_len special_tokens test_datasets
+    train_on_inputs type_of_model val_set_size
+    """.split()
 )
 # The value of `rl` -> the kind of training, for those that have a name of their own here.
 RL: Mapping[str, str] = MappingProxyType({"ipo": "dpo", "simpo": "cpo"})

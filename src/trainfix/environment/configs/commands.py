@@ -21,24 +21,29 @@ from trainfix.environment.runconfig import Open
 # Launcher -> its options that take no value, without dashes and with _ for -. All others take one.
 _SWITCHES: Mapping[str, frozenset[str]] = MappingProxyType(
     {
-        "python": frozenset((*("b", "B", "d", "E", "h", "i", "I", "O", "OO", "P", "q", "s", "S", "u", "v", "V", "x"),)),
+        "python": frozenset(
+            """
+            b B d E h i I O OO P q s S u v V x
+            """.split()
+        ),
         "torchrun": frozenset(
-            (*("m", "module", "standalone", "no_python", "run_path", "use_env", "virtual_local_rank"),)
+            """
+            m module standalone no_python run_path use_env virtual_local_rank
+            """.split()
         ),
         "deepspeed": frozenset(
-            (
-                *("module", "no_python", "no_local_rank", "no_ssh", "no_ssh_check", "force_multi", "save_pid"),
-                *("elastic_training", "bind_cores_to_rank", "q", "quiet"),
-            )
+            """
+            module no_python no_local_rank no_ssh no_ssh_check force_multi save_pid elastic_training
+            bind_cores_to_rank q quiet
+            """.split()
         ),
         "accelerate": frozenset(
-            (
-                *("m", "module", "no_python", "q", "quiet", "debug", "cpu", "multi_gpu", "tpu", "ipex"),
-                *("use_xpu", "use_deepspeed", "use_fsdp", "use_megatron_lm", "use_parallelism_config"),
-                *("same_network", "enable_cpu_affinity", "dynamo_use_fullgraph", "dynamo_use_dynamic"),
-                *("dynamo_use_regional_compilation", "tpu_cluster", "no_tpu_cluster", "tpu_use_sudo"),
-                *("downcast_bf16", "fp8_use_autocast_during_eval"),
-            )
+            """
+            m module no_python q quiet debug cpu multi_gpu tpu ipex use_xpu use_deepspeed use_fsdp
+            use_megatron_lm use_parallelism_config same_network enable_cpu_affinity dynamo_use_fullgraph
+            dynamo_use_dynamic dynamo_use_regional_compilation tpu_cluster no_tpu_cluster tpu_use_sudo
+            downcast_bf16 fp8_use_autocast_during_eval
+            """.split()
         ),
     }
 )
@@ -55,11 +60,10 @@ _LAUNCHER_MODULES: Mapping[str, str] = MappingProxyType(
 CONSOLE_PROGRAMS = ("llamafactory-cli", "axolotl", "trl")
 # What may stand before the program.
 _WRAPPERS = frozenset(
-    (
-        *("apptainer", "command", "conda", "docker", "env", "exec", "mamba", "micromamba", "mpiexec", "mpirun"),
-        *("nice", "nohup", "nsys", "numactl", "pixi", "podman", "poetry", "ray", "setsid", "singularity"),
-        *("srun", "stdbuf", "sudo", "taskset", "timeout", "trainfix", "unbuffer", "uv"),
-    )
+    """
+    apptainer command conda docker env exec mamba micromamba mpiexec mpirun nice nohup nsys numactl pixi podman
+    poetry ray setsid singularity srun stdbuf sudo taskset timeout trainfix unbuffer uv
+    """.split()
 )
 _MANY = frozenset(("mpiexec", "mpirun", "srun"))  # of these, that start the same program several times
 _PYTHON = re.compile(r"python(\d(\.\d+)?)?")

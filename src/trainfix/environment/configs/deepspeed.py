@@ -11,18 +11,17 @@ KIND = "deepspeed"
 
 # What DeepSpeed reads at the top of its config (``runtime/config.py`` and the sections' own modules, 0.14.0 to 0.19.8).
 TOP = frozenset(
-    (
-        *("activation_checkpointing", "aio", "amp", "autotuning", "bf16", "bfloat16", "checkpoint", "comms_logger"),
-        *("communication_data_type", "compile", "compression_training", "csv_monitor", "curriculum_learning"),
-        *("data_efficiency", "data_types", "dataloader_drop_last", "disable_allgather", "dump_state", "eigenvalue"),
-        *("elasticity", "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_clipping"),
-        *("gradient_predivide_factor", "graph_harvesting", "hybrid_engine", "managed_gradient_accumulation"),
-        *("memory_breakdown", "nebula", "optimizer", "pipeline", "prescale_gradients", "progressive_layer_drop"),
-        *("quantize_training", "scheduler", "seq_parallel_communication_data_type", "sparse_attention"),
-        *("sparse_gradients", "steps_per_print", "tensor_parallel", "tensorboard", "torch_autocast"),
-        *("train_batch_size", "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "wandb"),
-        *("wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization"),
-    )
+    """
+    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type
+    compile compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last
+    disable_allgather dump_state eigenvalue elasticity flops_profiler fp16 gradient_accumulation_steps
+    gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine managed_gradient_accumulation
+    memory_breakdown nebula optimizer pipeline prescale_gradients progressive_layer_drop quantize_training
+    scheduler seq_parallel_communication_data_type sparse_attention sparse_gradients steps_per_print
+    tensor_parallel tensorboard torch_autocast train_batch_size train_micro_batch_size_per_gpu
+    use_data_before_expert_parallelism wandb wall_clock_breakdown zero_allow_untested_optimizer
+    zero_force_ds_cpu_optimizer zero_optimization
+    """.split()
 )
 
 

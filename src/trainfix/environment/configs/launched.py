@@ -32,19 +32,18 @@ _EXAMPLES = re.compile(
 _DATA = (".yaml", ".yml", ".json")
 # Flags that may stand without a value: a variable after one of them may hold any flag.
 _TRUTHS = frozenset(
-    (
-        *("bf16", "do_eval", "do_train", "fp16", "gradient_checkpointing", "group_by_length"),
-        *("load_best_model_at_end", "overwrite_output_dir", "packing", "tf32", "use_peft"),
-    )
+    """
+    bf16 do_eval do_train fp16 gradient_checkpointing group_by_length load_best_model_at_end overwrite_output_dir
+    packing tf32 use_peft
+    """.split()
 )
 # Arguments that Trainer has, and the examples with a loop of their own have not.
 _TRAINER_ONLY = frozenset(
-    (
-        *("dataloader_num_workers", "ddp_timeout", "do_eval", "do_train", "eval_steps", "eval_strategy"),
-        *("evaluation_strategy", "gradient_checkpointing", "load_best_model_at_end", "logging_steps"),
-        *("logging_strategy", "overwrite_output_dir", "remove_unused_columns", "save_steps", "save_strategy"),
-        *("save_total_limit", "tf32", "warmup_ratio"),
-    )
+    """
+    dataloader_num_workers ddp_timeout do_eval do_train eval_steps eval_strategy evaluation_strategy
+    gradient_checkpointing load_best_model_at_end logging_steps logging_strategy overwrite_output_dir
+    remove_unused_columns save_steps save_strategy save_total_limit tf32 warmup_ratio
+    """.split()
 )
 # accelerate launch's options that its config has in deepspeed_config, beside those of accelerate.SECTION.
 _SECTION = frozenset((*accelerate.SECTION, "deepspeed_config_file"))

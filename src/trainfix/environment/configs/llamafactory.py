@@ -18,25 +18,16 @@ KIND = "llamafactory"
 STAGES = ("pt", "sft", "rm", "ppo", "dpo", "kto")
 # Keys that no other program's config here has.
 OWN = frozenset(
-    (
-        *("cutoff_len", "dataset_dir", "finetuning_type", "freeze_trainable_layers", "infer_backend", "mix_strategy"),
-        *("neat_packing", "overwrite_cache", "pref_beta", "pref_loss", "pure_bf16", "tokenized_path"),
-        *("use_asft_loss", "use_badam", "use_galore", "use_unsloth", "val_size"),
-    )
+    """
+    cutoff_len dataset_dir finetuning_type freeze_trainable_layers infer_backend mix_strategy neat_packing
+    overwrite_cache pref_beta pref_loss pure_bf16 tokenized_path use_asft_loss use_badam use_galore use_unsloth
+    val_size
+    """.split()
 )
 V1 = frozenset(
-    (
-        *(
-            "batching_strategy",
-            "dist_config",
-            "init_config",
-            "kernel_config",
-            "optim_config",
-            "peft_config",
-            "quant_config",
-        ),
-        *("train_dataset",),
-    )
+    """
+    batching_strategy dist_config init_config kernel_config optim_config peft_config quant_config train_dataset
+    """.split()
 )
 # What llamafactory-cli does with a config beside training: key -> in words.
 NOT_TRAINING = {

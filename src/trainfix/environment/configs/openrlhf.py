@@ -49,37 +49,31 @@ _OPTIMIZER = ByRelease("openrlhf", None, (("0.10.2", "adamw"),))
 
 # The flags that take no value, of all programs: a word after one of them is none of its own.
 _SWITCHES = frozenset(
-    (
-        *("--actor.freeze_visual_encoder", "--actor.gradient_checkpointing_enable"),
-        *("--actor.gradient_checkpointing_reentrant", "--actor.muon.nesterov", "--actor.muon.no_nesterov"),
-        *("--actor_init_on_gpu", "--adam_offload", "--algo.advantage.is_correction_enable"),
-        *("--algo.advantage.no_std_norm", "--algo.dynamic_filtering_enable", "--algo.kl.unbiased_gradient"),
-        *("--algo.kl.use_loss", "--apply_chat_template", "--async_train", "--bf16", "--ckpt.disable_ds"),
-        *("--ckpt.load_enable", "--ckpt.save_hf", "--colocate_actor_ref", "--colocate_all_models"),
-        *("--colocate_critic_reward", "--compute_fp32_loss", "--critic.muon.nesterov"),
-        *("--critic.muon.no_nesterov", "--critic.save_value_network", "--data.apply_chat_template"),
-        *("--data.disable_fast_tokenizer", "--data.multiturn", "--deepcompile", "--deepspeed_enable_sleep"),
-        *("--disable_ds_ckpt", "--disable_fast_tokenizer", "--disable_trace_cache", "--ds.adam_offload"),
-        *("--ds.deepcompile", "--ds.enable_sleep", "--ds.load_in_4bit", "--ds.overlap_comm"),
-        *("--ds.packing_samples", "--ds.use_liger_kernel", "--ds.use_universal_ckpt", "--dynamic_filtering"),
-        *("--enable_ema", "--enable_prefix_caching", "--enable_vllm_is_correction", "--enforce_eager"),
-        *("--flash_attn", "--freeze_visual_encoder", "--full_determinism", "--gradient_checkpointing"),
-        *("--gradient_checkpointing_use_reentrant", "--ipo", "--load_checkpoint", "--load_in_4bit"),
-        *("--margin_loss", "--model.compute_fp32_loss_enable", "--model.gradient_checkpointing_enable"),
-        *("--model.gradient_checkpointing_reentrant", "--model.ipo_enable", "--model.margin_loss_enable"),
-        *("--model.pretrain_mode_enable", "--multiturn", "--muon.nesterov", "--muon.no_nesterov"),
-        *("--no_advantage_std_norm", "--normalize_reward", "--overlap_comm", "--packing_samples"),
-        *("--partial_rollout", "--perf", "--pretrain_mode", "--ref.offload", "--ref_offload"),
-        *("--ref_reward_offload", "--reward.normalize_enable", "--reward.offload", "--save_hf_ckpt"),
-        *("--save_value_network", "--teacher_offload", "--torch_compile", "--train.async_enable"),
-        *("--train.colocate_actor_ref", "--train.colocate_all", "--train.colocate_critic_reward"),
-        *("--train.dynamic_batch_enable", "--train.enable_ema", "--train.full_determinism_enable"),
-        *("--train.partial_rollout_enable", "--universal_ckpt", "--use_ds_universal_ckpt"),
-        *("--use_dynamic_batch", "--use_icepop", "--use_kl_estimator_k3", "--use_kl_loss"),
-        *("--use_liger_kernel", "--use_ms", "--vllm.enable_prefix_caching", "--vllm.enable_sleep"),
-        *("--vllm.enforce_eager", "--vllm.sync_with_ray", "--vllm_enable_is_correction", "--vllm_enable_sleep"),
-        *("--vllm_sync_with_ray",),
-    )
+    """
+    --actor.freeze_visual_encoder --actor.gradient_checkpointing_enable --actor.gradient_checkpointing_reentrant
+    --actor.muon.nesterov --actor.muon.no_nesterov --actor_init_on_gpu --adam_offload
+    --algo.advantage.is_correction_enable --algo.advantage.no_std_norm --algo.dynamic_filtering_enable
+    --algo.kl.unbiased_gradient --algo.kl.use_loss --apply_chat_template --async_train --bf16 --ckpt.disable_ds
+    --ckpt.load_enable --ckpt.save_hf --colocate_actor_ref --colocate_all_models --colocate_critic_reward
+    --compute_fp32_loss --critic.muon.nesterov --critic.muon.no_nesterov --critic.save_value_network
+    --data.apply_chat_template --data.disable_fast_tokenizer --data.multiturn --deepcompile
+    --deepspeed_enable_sleep --disable_ds_ckpt --disable_fast_tokenizer --disable_trace_cache --ds.adam_offload
+    --ds.deepcompile --ds.enable_sleep --ds.load_in_4bit --ds.overlap_comm --ds.packing_samples
+    --ds.use_liger_kernel --ds.use_universal_ckpt --dynamic_filtering --enable_ema --enable_prefix_caching
+    --enable_vllm_is_correction --enforce_eager --flash_attn --freeze_visual_encoder --full_determinism
+    --gradient_checkpointing --gradient_checkpointing_use_reentrant --ipo --load_checkpoint --load_in_4bit
+    --margin_loss --model.compute_fp32_loss_enable --model.gradient_checkpointing_enable
+    --model.gradient_checkpointing_reentrant --model.ipo_enable --model.margin_loss_enable
+    --model.pretrain_mode_enable --multiturn --muon.nesterov --muon.no_nesterov --no_advantage_std_norm
+    --normalize_reward --overlap_comm --packing_samples --partial_rollout --perf --pretrain_mode --ref.offload
+    --ref_offload --ref_reward_offload --reward.normalize_enable --reward.offload --save_hf_ckpt
+    --save_value_network --teacher_offload --torch_compile --train.async_enable --train.colocate_actor_ref
+    --train.colocate_all --train.colocate_critic_reward --train.dynamic_batch_enable --train.enable_ema
+    --train.full_determinism_enable --train.partial_rollout_enable --universal_ckpt --use_ds_universal_ckpt
+    --use_dynamic_batch --use_icepop --use_kl_estimator_k3 --use_kl_loss --use_liger_kernel --use_ms
+    --vllm.enable_prefix_caching --vllm.enable_sleep --vllm.enforce_eager --vllm.sync_with_ray
+    --vllm_enable_is_correction --vllm_enable_sleep --vllm_sync_with_ray
+    """.split()
 )
 # Flags that are in both styles.
 _IN_BOTH = frozenset(

@@ -22,16 +22,15 @@ KIND = "transformers"
 
 # Arguments that no other program's config has at its top; two of them are enough.
 DISTINCTIVE = frozenset(
-    (
-        *("adam_beta1", "adam_epsilon", "auto_find_batch_size", "average_tokens_across_devices", "bf16_full_eval"),
-        *("dataloader_num_workers", "ddp_find_unused_parameters", "eval_steps", "eval_strategy"),
-        *("evaluation_strategy", "fp16_full_eval", "fp16_opt_level", "gradient_checkpointing"),
-        *("gradient_checkpointing_kwargs", "label_smoothing_factor", "learning_rate", "logging_steps"),
-        *("logging_strategy", "lr_scheduler_type", "max_grad_norm", "max_steps", "num_train_epochs", "output_dir"),
-        *("overwrite_output_dir", "per_device_eval_batch_size", "per_device_train_batch_size"),
-        *("per_gpu_train_batch_size", "remove_unused_columns", "report_to", "resume_from_checkpoint", "save_steps"),
-        *("save_strategy", "save_total_limit", "warmup_ratio", "warmup_steps", "weight_decay"),
-    )
+    """
+    adam_beta1 adam_epsilon auto_find_batch_size average_tokens_across_devices bf16_full_eval
+    dataloader_num_workers ddp_find_unused_parameters eval_steps eval_strategy evaluation_strategy fp16_full_eval
+    fp16_opt_level gradient_checkpointing gradient_checkpointing_kwargs label_smoothing_factor learning_rate
+    logging_steps logging_strategy lr_scheduler_type max_grad_norm max_steps num_train_epochs output_dir
+    overwrite_output_dir per_device_eval_batch_size per_device_train_batch_size per_gpu_train_batch_size
+    remove_unused_columns report_to resume_from_checkpoint save_steps save_strategy save_total_limit warmup_ratio
+    warmup_steps weight_decay
+    """.split()
 )
 AVERAGED = ByRelease("transformers", False, (("4.54.0", True),))
 

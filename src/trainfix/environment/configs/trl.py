@@ -24,37 +24,18 @@ KIND = "trl"
 TELLS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(
-            (
-                *(
-                    "assistant_only_loss",
-                    "chars_per_token",
-                    "completion_only_loss",
-                    "dataset_batch_size",
-                    "dataset_kwargs",
-                ),
-                *(
-                    "dataset_text_field",
-                    "eval_packing",
-                    "max_seq_length",
-                    "num_of_sequences",
-                    "packing",
-                    "packing_strategy",
-                ),
-                *("use_liger",),
-            ),
+            """
+            assistant_only_loss chars_per_token completion_only_loss dataset_batch_size dataset_kwargs
+            dataset_text_field eval_packing max_seq_length num_of_sequences packing packing_strategy
+            use_liger
+            """.split(),
             "sft",
         ),
         **dict.fromkeys(
-            (
-                *(
-                    "discopop_tau",
-                    "f_alpha_divergence_coef",
-                    "f_divergence_type",
-                    "force_use_ref_model",
-                    "label_smoothing",
-                ),
-                *("ld_alpha", "loss_weights", "max_target_length", "reference_free", "rpo_alpha", "use_weighting"),
-            ),
+            """
+            discopop_tau f_alpha_divergence_coef f_divergence_type force_use_ref_model label_smoothing
+            ld_alpha loss_weights max_target_length reference_free rpo_alpha use_weighting
+            """.split(),
             "dpo",
         ),
         **dict.fromkeys(("desirable_weight", "prompt_sample_size", "undesirable_weight"), "kto"),
@@ -65,27 +46,25 @@ TELLS: Mapping[str, str] = MappingProxyType(
 )
 # Keys of several commands' configs, but not of trl sft's.
 NOT_SFT = frozenset(
-    (
-        *("beta", "max_completion_length", "max_prompt_length", "num_generations", "num_iterations"),
-        *("precompute_ref_log_probs", "reward_funcs", "reward_weights"),
-    )
+    """
+    beta max_completion_length max_prompt_length num_generations num_iterations precompute_ref_log_probs
+    reward_funcs reward_weights
+    """.split()
 )
 PREFERENCES = "preference or reinforcement learning"
 # Keys of TRL's scripts and trainers that no other program's config here has.
 OWN = frozenset(
-    (
-        *("accelerate_config", "dataset_mixer", "dataset_mixture", "dataset_test_split", "dataset_train_split"),
-        *("lora_task_type", "max_completion_length", "max_prompt_length", "num_generations", "reward_funcs"),
-        *("reward_weights", "use_peft"),
-    )
+    """
+    accelerate_config dataset_mixer dataset_mixture dataset_test_split dataset_train_split lora_task_type
+    max_completion_length max_prompt_length num_generations reward_funcs reward_weights use_peft
+    """.split()
 )
 # Arguments of transformers' own example scripts, which name a model and a dataset too.
 SCRIPTS = frozenset(
-    (
-        *("block_size", "dataset_config_name", "mlm_probability", "model_type", "preprocessing_num_workers"),
-        *("source_lang", "target_lang", "task_name", "text_column", "train_file", "validation_file"),
-        *("validation_split_percentage",),
-    )
+    """
+    block_size dataset_config_name mlm_probability model_type preprocessing_num_workers source_lang target_lang
+    task_name text_column train_file validation_file validation_split_percentage
+    """.split()
 )
 BF16 = ByRelease("trl", False, (("0.19.0", True),))
 # The accelerate configs that TRL ships, by name; the same in 0.18.2 to 0.29.0. What they have in common is in COMMON.

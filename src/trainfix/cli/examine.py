@@ -177,6 +177,7 @@ class _Examiner:
         }
         self.configs = configs
         self.activation = activation
+        self.others: dict[str, str | None] = {}
         self.shapes: dict[str, str | None] = {}
         self.demands: dict[str, tuple[Demand, ...]] = {}
 
@@ -243,7 +244,7 @@ class _Examiner:
             for config in self.configs:
                 if config.has(key) and reach_any(advisory, [config], self.versions).reachable != "no":
                     return f"{key} is set ({config.source}): {why}"
-        versions = {**self._versions_of(fix.requires), **self.versions}
+        versions = self._versions_of(fix.requires)
         if self.installation.by_version:
             lacking = [f"{one}{spec}" for one, spec in fix.requires.items() if not holds(versions.get(one), spec)]
             return f"the repair was run on {', '.join(lacking)} only" if lacking else ""
@@ -281,11 +282,13 @@ class _Examiner:
         return between(advisory.package, self.versions[advisory.package], advisory.last_run, self.configs)
 
     def _versions_of(self, packages: Iterable[str]) -> dict[str, str]:
-        """The versions of any packages."""
-        found = {name: copies[0].version for name, copies in self.installation.copies(packages).items() if copies}
-        return found | {
-            name: self.installation.versions[name] for name in packages if name in self.installation.versions
-        }
+        """The versions of these packages, of those too that no advisory speaks of."""
+        for name in packages:
+            if name not in self.others and name not in self.versions:
+                copies = self.installation.copies([name])[name]
+                self.others[name] = copies[0].version if copies else self.installation.versions.get(name)
+        others = {name: version for name, version in self.others.items() if version is not None}
+        return {**others, **self.versions}
 
     def shapes_of(self, paths: Iterable[str]) -> dict[str, str | None]:
         """path (``module:qualname``) -> shape as installed, ABSENT or None where the function or its source is missing.

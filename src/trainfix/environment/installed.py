@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def find(name: str, paths: Sequence[str] | None = None) -> list[Distribution]:
             location = _location(metadata, path)
             if location in copies:
                 continue
-            version = metadata.metadata["Version"]
+            version = _version(metadata)
             if not version:
                 raise EnvironmentProblem(
                     f"{name} in {location} has no version in its metadata: the installation is broken; "
@@ -47,6 +48,13 @@ def find(name: str, paths: Sequence[str] | None = None) -> list[Distribution]:
                 )
             copies[location] = Distribution(name, version, location)
     return list(copies.values())
+
+
+def _version(metadata: Metadata) -> str | None:
+    """The version in the head of the metadata: to parse all of it, a whole README, takes many times as long."""
+    text = metadata.read_text("METADATA") or metadata.read_text("PKG-INFO") or ""
+    found = re.search(r"^Version:[ \t]*(\S+)", text.partition("\n\n")[0], re.M | re.I)
+    return found[1] if found else None
 
 
 def _location(metadata: Metadata, path: str) -> Path:

@@ -148,14 +148,10 @@ def shape_in_text(text: str, qualname: str) -> str | None:
     """
     _check_sample()
     *classes, name = qualname.split(".")
-    lines = _lines(text)
-    begin, end, depth = 0, len(lines), -1
-    for owner in classes:
-        at = _find(lines, begin, end, depth, f"class {owner}")
-        if at is None:
-            return None
-        depth = _indent(lines[at])
-        begin, end = at + 1, _end_of_class(lines, at, end)
+    lines, inside = _lines(text), _inside(text, tuple(classes))
+    if inside is None:
+        return None
+    begin, end, depth = inside
     at = _find(lines, begin, end, depth, f"def {name}", last=True)
     if at is None:
         return None
@@ -168,6 +164,20 @@ def shape_in_text(text: str, qualname: str) -> str | None:
 @lru_cache(maxsize=4)
 def _lines(text: str) -> list[str]:
     return text.splitlines(keepends=True)
+
+
+@lru_cache(maxsize=8)  # one class holds most of the functions that are asked for
+def _inside(text: str, classes: tuple[str, ...]) -> tuple[int, int, int] | None:
+    """The first line of the body of the innermost of these classes, the line after its last, and its indent."""
+    lines = _lines(text)
+    begin, end, depth = 0, len(lines), -1
+    for owner in classes:
+        at = _find(lines, begin, end, depth, f"class {owner}")
+        if at is None:
+            return None
+        depth = _indent(lines[at])
+        begin, end = at + 1, _end_of_class(lines, at, end)
+    return begin, end, depth
 
 
 def _find(lines: list[str], begin: int, end: int, depth: int, wanted: str, last: bool = False) -> int | None:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from trainfix.environment import configs
 from trainfix.environment.configs import (
     KINDS,
-    READERS,
     ConfigError,
     accelerate,
     axolotl,
@@ -177,7 +176,7 @@ def test_nobody_claims_anothers_config(write):
     }
     for kind, content in examples.items():
         document = read(write(f"{kind}.json", content))
-        claimed = [reader.KIND for reader in READERS if reader.recognises(document)]
+        claimed = [kind for kind in KINDS if configs.reader(kind).recognises(document)]
         assert claimed[0] == kind
 
 
@@ -316,4 +315,5 @@ def test_any_names_in_a_folder_are_read_or_rejected(tmp_path_factory, names):
 
 
 def test_the_readers_are_asked_in_an_order_that_ends_with_deepspeed():
-    assert configs.READERS[-1].KIND == "deepspeed"
+    assert KINDS[-1] == "deepspeed"
+    assert [configs.reader(kind).KIND for kind in KINDS] == list(KINDS)

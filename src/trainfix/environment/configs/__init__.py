@@ -10,20 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
-from trainfix.environment.configs import (
-    accelerate,
-    axolotl,
-    deepspeed,
-    launched,
-    llamafactory,
-    openrlhf,
-    saved_run,
-    transformers,
-    trl,
-)
+from trainfix.environment.configs import deepspeed
 from trainfix.environment.configs.documents import ConfigError, Document, find, read
 from trainfix.environment.configs.draft import Draft
 from trainfix.environment.runconfig import Open, Origin, RunConfig, shown
@@ -31,18 +22,32 @@ from trainfix.environment.runconfig.deepspeed import STEPS
 
 __all__ = ["KINDS", "ConfigError", "holds_run", "load", "load_run"]
 
-# In the order in which they are asked; the last one takes every JSON object.
-READERS: tuple[Any, ...] = (
-    *(accelerate, llamafactory, axolotl, trl, saved_run, transformers),
-    *(launched, openrlhf),  # text
-    deepspeed,
+# Kind -> its reader module here, in the order in which they are asked; the last one takes every other JSON object.
+READERS: Mapping[str, str] = MappingProxyType(
+    {
+        "accelerate": "accelerate",
+        "llamafactory": "llamafactory",
+        "axolotl": "axolotl",
+        "trl": "trl",
+        "saved-run": "saved_run",
+        "transformers": "transformers",
+        "command": "launched",
+        "openrlhf": "openrlhf",
+        "deepspeed": "deepspeed",
+    }
 )
-KINDS = tuple(reader.KIND for reader in READERS)
+KINDS = tuple(READERS)
+_OF_TEXT = ("command", "openrlhf")
+
+
+def reader(kind: str) -> Any:
+    """The module that reads this kind, imported when it is first asked for: a JSON file needs no parser of shells."""
+    return import_module(f"{__name__}.{READERS[kind]}")
 
 
 def holds_run(folder: str) -> bool:
     """Whether a folder has the files of a saved run, which `load` reads."""
-    return saved_run.holds(folder)
+    return os.path.isdir(folder) and bool(reader("saved-run").holds(folder))
 
 
 def load_run(path: str) -> RunConfig:
@@ -130,12 +135,14 @@ def _joined(parts: Sequence[Draft | None]) -> RunConfig:
 
 def _drafts(path: str, kind: str | None) -> Sequence[Draft]:
     """What one file, or the folder of a saved run, says, read as `kind`, or as the first kind that recognises it."""
-    if saved_run.holds(path) and kind in (None, saved_run.KIND):
-        return saved_run.read_folder(path)
+    if kind in (None, "saved-run") and holds_run(path):
+        of_folder: Sequence[Draft] = reader("saved-run").read_folder(path)
+        return of_folder
     document = read(path)
-    for reader in READERS:
-        if kind == reader.KIND or (kind is None and reader.recognises(document)):
-            drafts: Sequence[Draft] = reader.read(document)
+    asked = [one for one in KINDS if one not in _OF_TEXT or not document.content] if kind is None else [kind]
+    for one in asked:
+        if kind is not None or reader(one).recognises(document):
+            drafts: Sequence[Draft] = reader(one).read(document)
             return drafts
     raise ConfigError(
         f"{path} looks like no config that trainfix knows ({', '.join(KINDS)}); name the file that the run uses, or "
@@ -172,5 +179,6 @@ def _launcher(program: Draft) -> Draft | None:
             f"{program.source}: it names the accelerate config {program.accelerate}, and there is no such file here, "
             "beside it or above it"
         )
-    (launcher,) = accelerate.read(read(file))
+    launcher: Draft
+    (launcher,) = reader("accelerate").read(read(file))
     return launcher

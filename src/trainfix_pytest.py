@@ -116,7 +116,7 @@ def _several(value: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
 
 
 def _ask(question: _Question, config: pytest.Config) -> _Answer:
-    """Let doctor examine what this session would import."""
+    """Let doctor examine what these tests would import."""
     import subprocess
 
     done = subprocess.run(

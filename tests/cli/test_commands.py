@@ -231,9 +231,8 @@ def test_doctor_costs_at_most_its_budget_over_a_bare_interpreter(write, tmp_path
     bare = min(cpu_seconds("-c", "pass", env=env) for _ in range(5))
     spent = min(cpu_seconds(*doctor, env=env) for _ in range(5))
     print(f"doctor: {spent - bare:.3f} s of CPU over a bare interpreter")
-    crowded = os.getloadavg()[0] > (
-        os.cpu_count() or 1
-    )  # beside other tests the same work takes up to twice the CPU time
+    # Beside other tests the same work takes up to twice the CPU time.
+    crowded = os.getloadavg()[0] > (os.cpu_count() or 1)
     assert spent - bare <= (2 * BUDGET if crowded else BUDGET)
 
 

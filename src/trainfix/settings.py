@@ -30,7 +30,18 @@ ADVISORY_IDS = (
 )
 # fmt: on
 MODES = ("on", "off", "warn", "strict")
-VARIABLES = ("TRAINFIX", "TRAINFIX_DISABLE", "TRAINFIX_QUIET", "TRAINFIX_STAMP")
+GRADCOPY = ("auto", "resident", "ring", "host-add", "torch")
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+VARIABLES = (
+    "TRAINFIX",
+    "TRAINFIX_DISABLE",
+    "TRAINFIX_GRADCOPY",
+    "TRAINFIX_GRADCOPY_BUDGET",
+    "TRAINFIX_OVERLAP",
+    "TRAINFIX_QUIET",
+    "TRAINFIX_STAMP",
+)
 
 
 class SettingsError(ValueError):
@@ -38,12 +49,17 @@ class SettingsError(ValueError):
 
 
 class Settings:
-    """What the environment asks for. `disabled` holds advisory ids; `quiet` silences the summary line only; `stamp`:
-    checkpoints of repaired runs say so; `unknown` holds TRAINFIX_* variables that do not exist."""
+    """What the environment asks for. `disabled` holds advisory ids; `gradcopy` is the tier that carries offloaded
+    gradients, with `gradcopy_budget` bytes on the device (None: what is free), `overlap`: beside the backward pass;
+    `quiet` silences the summary lines only; `stamp`: checkpoints of repaired runs say so; `unknown` holds TRAINFIX_*
+    variables that do not exist."""
 
-    __slots__ = ("disabled", "mode", "quiet", "stamp", "unknown")
+    __slots__ = ("disabled", "gradcopy", "gradcopy_budget", "mode", "overlap", "quiet", "stamp", "unknown")
     mode: str
     disabled: frozenset[str]
+    gradcopy: str
+    gradcopy_budget: int | None
+    overlap: bool
     quiet: bool
     stamp: bool
     unknown: tuple[str, ...]
@@ -53,12 +69,15 @@ class Settings:
         *,
         mode: str = "on",
         disabled: frozenset[str] = frozenset(),
+        gradcopy: str = "auto",
+        gradcopy_budget: int | None = None,
+        overlap: bool = True,
         quiet: bool = False,
         stamp: bool = True,
         unknown: tuple[str, ...] = (),
     ) -> None:
-        values = {"mode": mode, "disabled": disabled, "quiet": quiet, "stamp": stamp, "unknown": unknown}
-        for name, value in values.items():
+        values = (disabled, gradcopy, gradcopy_budget, mode, overlap, quiet, stamp, unknown)
+        for name, value in zip(self.__slots__, values, strict=True):
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -75,10 +94,21 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
     for part in asked:
         if part not in ADVISORY_IDS and not is_of_third_party(part):
             raise SettingsError(f"TRAINFIX_DISABLE names {part!r}, no such advisory; valid: {', '.join(ADVISORY_IDS)}")
-    quiet = _flag(environ, "TRAINFIX_QUIET", "0")
-    stamp = _flag(environ, "TRAINFIX_STAMP", "1")
-    unknown = tuple(sorted(name for name in environ if name.startswith("TRAINFIX_") and name not in VARIABLES))
-    return Settings(mode=mode, disabled=frozenset(asked), quiet=quiet, stamp=stamp, unknown=unknown)
+    gradcopy = environ.get("TRAINFIX_GRADCOPY", "").strip().lower() or "auto"
+    if gradcopy not in GRADCOPY:
+        raise SettingsError(
+            f"TRAINFIX_GRADCOPY={environ['TRAINFIX_GRADCOPY']!r} means nothing; valid: {', '.join(GRADCOPY)}"
+        )
+    return Settings(
+        mode=mode,
+        disabled=frozenset(asked),
+        gradcopy=gradcopy,
+        gradcopy_budget=_bytes(environ, "TRAINFIX_GRADCOPY_BUDGET"),
+        overlap=_flag(environ, "TRAINFIX_OVERLAP", "1"),
+        quiet=_flag(environ, "TRAINFIX_QUIET", "0"),
+        stamp=_flag(environ, "TRAINFIX_STAMP", "1"),
+        unknown=tuple(sorted(name for name in environ if name.startswith("TRAINFIX_") and name not in VARIABLES)),
+    )
 
 
 def is_of_third_party(id: str) -> bool:
@@ -93,3 +123,19 @@ def _flag(environ: Mapping[str, str], variable: str, default: str) -> bool:
     if value not in ("0", "1"):
         raise SettingsError(f"{variable}={value!r} means nothing; valid: 0, 1")
     return value == "1"
+
+
+def _bytes(environ: Mapping[str, str], variable: str) -> int | None:
+    """``8GiB``, ``500 MB``, ``0`` or a number of bytes."""
+    value = environ.get(variable, "").strip()
+    if not value:
+        return None
+    number = value.rstrip("KMGTIBkmgtib ")
+    unit = value[len(number) :].strip().upper()
+    try:
+        size = float(number) * UNITS[unit]
+    except (KeyError, ValueError):
+        size = -1.0
+    if not 0 <= size < 2**63:
+        raise SettingsError(f"{variable}={value!r} means nothing; valid: bytes, such as 0, 500MB or 8GiB")
+    return int(size)

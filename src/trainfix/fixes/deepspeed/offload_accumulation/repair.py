@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
 from trainfix.engine.contract import Function, window_ended
+from trainfix.fixes.deepspeed.offload_accumulation import carriers, reached
 from trainfix.fixes.deepspeed.offload_accumulation import window as windows
 from trainfix.fixes.deepspeed.offload_accumulation.state import (
     at_boundary,
@@ -23,9 +25,10 @@ OPTIMIZER = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer."
 
 def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapping[str, Function]:
     """The replacements, for a release that has these advisories' errors. Called once DeepSpeed is imported."""
+    import torch
     from deepspeed.accelerator import get_accelerator
 
-    from trainfix import gradcopy
+    from trainfix.gradcopy import Segment, squares_on_host
 
     windows.forget_idle()
     copy_grads_in_partition = originals[OPTIMIZER + "copy_grads_in_partition"]
@@ -63,7 +66,7 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
             destination, source, count = master_slice(optimizer, parameter_id)
             held = optimizer.accumulated_grads_in_cpu[parameter_id].view(-1)
             if held.data_ptr() != destination.data_ptr():  # the same memory with low-precision master weights
-                gradcopy.accumulate([gradcopy.Segment(destination, held.narrow(0, source, count), True)])
+                destination.copy_(held.narrow(0, source, count))
 
     @wraps(copy_grads_in_partition)
     def queue(self: Any, param: Any, *rest: Any, **named: Any) -> Any:
@@ -102,12 +105,12 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
             parameter_id = optimizer.get_param_id(param)
             destination, source, count = master_slice(optimizer, parameter_id)
             gradient = optimizer.get_param_gradient_attribute(param).detach().reshape(-1).narrow(0, source, count)
-            segments.append(gradcopy.Segment(destination, gradient, parameter_id not in window.touched))
+            segments.append(Segment(parameter_id, destination, gradient, parameter_id not in window.touched))
             window.touched.add(parameter_id)
         accelerator = get_accelerator()
         stream = optimizer.reduction_stream if optimizer.overlap_comm else accelerator.current_stream()
         with accelerator.stream(stream):
-            gradcopy.accumulate(segments)
+            carriers.of(optimizer).accumulate(segments, last=at_boundary(optimizer))
         for param in window.queue:
             optimizer.clear_grad_attribute(param)
         window.queue.clear()
@@ -132,6 +135,8 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
     def finish(optimizer: Any, window: Window) -> None:
         """At the end of the window's last micro-batch, whoever reads the master gradient next: it holds what DeepSpeed
         still had in its buffers, and zero for what had no gradient in the whole window."""
+        if window.ours:
+            carriers.of(optimizer).wait()
         if window.foreign or window.cleared:
             return
         touched, waiting = window.touched.union(window.left), list[int]()
@@ -158,10 +163,11 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
         finish(optimizer, window)
         if window.settled:
             return
-        for parameter_id in window.touched:
-            norm = gradcopy.norm(master_slice(optimizer, parameter_id)[0])
-            optimizer.norm_for_param_grads[parameter_id] = norm
-            optimizer.local_overflow = optimizer.local_overflow or not norm.isfinite().item()
+        slices = {parameter_id: master_slice(optimizer, parameter_id)[0] for parameter_id in window.touched}
+        squares = carriers.of(optimizer).squares if window.ours else squares_on_host
+        for parameter_id, square in squares(slices).items():
+            optimizer.norm_for_param_grads[parameter_id] = torch.tensor(math.sqrt(square), dtype=torch.float64)
+            optimizer.local_overflow = optimizer.local_overflow or not math.isfinite(square)
         window.settled = True
 
     def before(original: Function) -> Function:
@@ -188,10 +194,24 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
             result = original(self, *args, **named)
             if repairs(self):
                 windows.known[self] = Window()
+                if self in carriers.known:
+                    carriers.of(self).renew()
             window_ended(self)
             return result
 
         return renewed
+
+    def at_birth(original: Function) -> Function:
+        known = after(original)
+
+        @wraps(original)
+        def prepared(self: Any, *args: Any, **named: Any) -> Any:
+            result = known(self, *args, **named)
+            if repairs(self) and "TF-0001" in advisories and reached.middle_is_lost(self) is not None:
+                carriers.of(self)  # memory is pinned before anyone communicates, when it is known to be needed
+            return result
+
+        return prepared
 
     wrappers: dict[str, Callable[[Function], Function]] = {
         "copy_grads_in_partition": lambda original: queue,
@@ -201,8 +221,7 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
         "check_overflow": before,
         "scaled_global_norm": before,
         "reset_cpu_buffers": after,
-        # an optimizer is known from its birth; loading a checkpoint ends its window
-        "initialize_optimizer_states": after,
-        "load_state_dict": after,
+        "initialize_optimizer_states": at_birth,
+        "load_state_dict": after,  # ends the window
     }
     return {OPTIMIZER + name: wrapper(originals[OPTIMIZER + name]) for name, wrapper in wrappers.items()}

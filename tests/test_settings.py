@@ -65,3 +65,34 @@ def test_unknown_variables_of_ours_are_noted_and_others_are_not() -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(AttributeError, match="Settings are frozen: cannot set mode"):
         settings.read({}).mode = "off"
+
+
+@pytest.mark.parametrize(
+    ("value", "size"),
+    [("", None), ("0", 0), ("4096", 4096), ("500MB", 500 * 10**6), ("1.5 GiB", 3 * 2**29), ("2gib", 2**31)],
+)
+def test_a_budget_is_written_in_bytes_or_their_multiples(value: str, size: int | None) -> None:
+    assert settings.read({"TRAINFIX_GRADCOPY_BUDGET": value}).gradcopy_budget == size
+
+
+@pytest.mark.parametrize("value", ["GiB", "-1", "8 apples", "nan", "8GiB GiB", "1e30TB"])
+def test_a_budget_that_is_no_size_says_what_one_looks_like(value: str) -> None:
+    with pytest.raises(settings.SettingsError) as caught:
+        settings.read({"TRAINFIX_GRADCOPY_BUDGET": value})
+    assert str(caught.value) == (
+        f"TRAINFIX_GRADCOPY_BUDGET={value!r} means nothing; valid: bytes, such as 0, 500MB or 8GiB"
+    )
+
+
+def test_the_gradient_copy_is_chosen_by_name_and_may_be_kept_in_line() -> None:
+    found = settings.read({"TRAINFIX_GRADCOPY": "Host-Add", "TRAINFIX_OVERLAP": "0"})
+    assert (found.gradcopy, found.overlap) == ("host-add", False)
+    assert (settings.read({}).gradcopy, settings.read({}).overlap) == ("auto", True)
+    with pytest.raises(settings.SettingsError, match="'rings' means nothing; valid: auto, resident, ring, host-add, to"):
+        settings.read({"TRAINFIX_GRADCOPY": "rings"})
+
+
+def test_the_tiers_of_the_settings_are_those_of_the_gradient_copy() -> None:
+    from trainfix.gradcopy import choice
+
+    assert set(settings.GRADCOPY) == {"auto", *choice.ORDER[True, True]}

@@ -80,8 +80,8 @@ def test_two_threads_that_import_two_packages_at_once_are_both_seen(env: dict[st
         "def bring(name):\n    go.wait()\n    __import__(name)\n"
         "threads = [threading.Thread(target=bring, args=(name,)) for name in ('trl', 'torchao')]\n"
         "[thread.start() for thread in threads]; [thread.join(30) for thread in threads]\n"
-        "from trainfix.engine import lifecycle\n"
-        "print(sorted(lifecycle._executed))\n"
+        "from trainfix.engine import register\n"
+        "print(sorted(register.executed))\n"
     )
     assert below_run(sys.executable, "-c", script, env=env).stdout == "['torchao', 'trl']\n"
 

@@ -247,10 +247,10 @@ class World:
     def _check_status(self) -> None:
         expected = dict.fromkeys(standin.IDS, self.model.state)
         assert standin.states() == expected, f"status says {standin.states()}, expected {self.model.state}"
-        from trainfix.engine import finder, lifecycle
+        from trainfix.engine import finder, lifecycle, register
 
         assert sum(isinstance(one, finder.Finder) for one in sys.meta_path) == 1, "more than one finder"
-        repair = lifecycle._repairs.get("standin")
+        repair = register.repairs.get("standin")
         if repair is not None and not self.model.wanted:
             assert not repair.journal, "the journal is not empty after a revert"
             assert not any(post.journal for post in lifecycle._posts.values()), "a guard stands after a revert"

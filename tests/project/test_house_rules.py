@@ -35,6 +35,8 @@ REQUIRED = {"packaging", "wrapt"}
 OF_THE_COMMAND_LINE = {"rich", "yaml", "tomli"}
 # Imported under these names where activation puts its bootstrap folder on the path.
 OF_THE_BOOTSTRAP = {"_trainfix_waiting", "sitecustomize"}
+# What torch's own CUDA builds bring along.
+OF_THE_DEVICE = {"triton"}
 # What is repaired and measured. Only a body that runs after the user's own import may use these.
 REPAIRED = {"torch", "deepspeed", "transformers", "accelerate", "trl", "llamafactory", "openrlhf", "torchao"}
 REPAIRED |= {"datasets", "tokenizers"}  # what their trainers take
@@ -128,6 +130,7 @@ def test_a_module_needs_no_package_that_is_not_required(path: Path) -> None:
     admitted = {"trainfix", *sys.stdlib_module_names, *REQUIRED}
     admitted |= OF_THE_COMMAND_LINE if part in {"cli", "environment"} else set()
     admitted |= OF_THE_BOOTSTRAP if part == "activation" else set()
+    admitted |= OF_THE_DEVICE if part == "gradcopy" else set()
     admitted |= REPAIRED if part in USERS_OF_REPAIRED else set()
     assert {name.split(".")[0] for name in imports(path)} <= admitted
 

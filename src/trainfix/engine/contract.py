@@ -70,6 +70,7 @@ class Fix:
     in_window: the objects that are in the middle of a window right now.
     own: what of the user's own an object uses in place of what the fix knows ("own loss: module.qualname"), or None;
     such an object is left alone, which is said once.
+    notes: what `trainfix.status()` says besides, of the objects that are repaired right now.
     limits: what the repair does not cover, in one sentence. leaves_alone: config keys that show such a run -> why.
     """
 
@@ -85,6 +86,7 @@ class Fix:
     group: Callable[[Any], Any]
     in_window: Callable[[], Iterable[object]] = field(default=tuple)
     own: Callable[[Any], str | None] = _nothing_of_the_users
+    notes: Callable[[], Iterable[str]] = field(default=tuple)
     limits: str = ""
     leaves_alone: Mapping[str, str] = field(default_factory=dict)
 

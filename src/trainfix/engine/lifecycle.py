@@ -8,79 +8,23 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from dataclasses import replace as replace_fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import trainfix
-from trainfix.advisories import Advisory, judge
-from trainfix.engine import agreement, finder, guards, replace, report, stamp
-from trainfix.engine.contract import Fix, Guard, Target, keep_until_window_ends
+from trainfix.advisories import Advisory
+from trainfix.engine import agreement, finder, guards, register, replace, report, stamp
+from trainfix.engine.contract import Fix, Guard, keep_until_window_ends
 from trainfix.engine.decide import Decision, State, decide, load_fix, shipped_by, targets_of
 from trainfix.engine.errors import UnfixedBugError
 from trainfix.engine.plugins import load, load_all
+from trainfix.engine.register import LOUD, Repair
+from trainfix.engine.status import Record, record_of, records_of
 from trainfix.engine.targets import TARGETS
-from trainfix.environment.installed import find, shapes_of
-
-_LOUD = ("refused", "failed")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One advisory as it stands in this process. `target` names what is replaced, `shape` is the deciding shape."""
-
-    id: str
-    fix: str | None
-    package: str
-    installed: str | None
-    target: str | None
-    state: State
-    reason: str
-    shape: str | None
-
-
-@dataclass
-class _Repair:
-    """What the engine knows of one fix: its decisions, and the journal of what it put where."""
-
-    fix: Fix
-    installed: str
-    decisions: dict[str, Decision]
-    journal: list[replace.Entry] = field(default_factory=list)
-    told: bool = False
-
-    @property
-    def applied(self) -> frozenset[str]:
-        return frozenset(id for id, decision in self.decisions.items() if decision.state == "applied")
-
-    @property
-    def guarded(self) -> frozenset[str]:
-        return frozenset(id for id, decision in self.decisions.items() if decision.state in ("applied", *_LOUD))
-
-    def in_place(self) -> bool:
-        """Whether every target holds one of our replacements now (after a reload it does not)."""
-        ours = [entry.replacement for entry in self.journal]
-        return bool(ours) and all(any(live is our for our in ours) for live in _live(self.fix.targets))
-
-    def lost(self) -> list[str]:
-        """Who has put something where a replacement of ours stood that does not call ours any more."""
-        return [
-            f"{entry.slot.name} has since been replaced by {entry.holder()}"
-            for entry in self.journal
-            if not replace.leads_to(entry.slot.get(), entry.replacement, entry.slot.owner)
-        ]
-
-    def make_way(self) -> None:
-        """A target was reloaded, or other advisories are asked for. What still stands is taken out, to be judged and
-        replaced anew; a reloaded class or function keeps its entries for those who hold it, and they are undone with
-        the rest."""
-        live = [id(function) for function in _live(self.fix.targets)]
-        standing = replace.standing(self.journal)
-        replace.take_out([entry for entry in standing if id(entry.replacement) in live])
-        self.journal = [entry for entry in standing if id(entry.replacement) not in live]
+from trainfix.environment.installed import find
 
 
 @dataclass
@@ -92,29 +36,11 @@ class _Post:
 
     def look(self, instance: object, *args: Any, **kwargs: Any) -> None:
         for name, guard in list(self.guards.items()):
-            _look(_repairs[name], guard, instance, *args, **kwargs)
-
-
-def _live(places: Sequence[Target]) -> list[object]:
-    """The innermost function at each place, None where there is none."""
-    found: list[object] = []
-    for place in places:
-        try:
-            slot, live = replace.resolve(place.path)
-        except replace.Missing:
-            found.append(None)
-            continue
-        found.append(replace.inner_slot(slot, live)[1])
-    return found
+            _look(register.repairs[name], guard, instance, *args, **kwargs)
 
 
 _lock = threading.RLock()
-_executed: set[str] = set()
-_repairs: dict[str, _Repair] = {}
 _posts: dict[str, _Post] = {}
-_asked: set[str] = set()  # precision advisories are repaired only when they are asked for by name
-_disabled: dict[str, str] = dict.fromkeys(finder.current.disabled, "TRAINFIX_DISABLE")
-_reverted: set[str] = set()
 _left_alone: set[str] = set()  # what was said of objects with code of the user's own
 
 
@@ -135,9 +61,9 @@ def on_import(module: str) -> None:
     try:
         fixes = [load_fix(name) for name in TARGETS[module]]
         with _lock:
-            _executed.add(module)
+            register.executed.add(module)
             for fix in fixes:
-                if fix.modules <= _executed:
+                if fix.modules <= register.executed:
                     _consider(fix)
             _stand_at_checkpoints()
             if not any(_under_way(name) for name in list(TARGETS)):
@@ -154,12 +80,12 @@ def on_import(module: str) -> None:
 def _under_way(module: str) -> bool:
     """Whether a target is being executed right now, further up this stack or in another thread."""
     spec = getattr(sys.modules.get(module), "__spec__", None)
-    return module not in _executed and bool(getattr(spec, "_initializing", False))
+    return module not in register.executed and bool(getattr(spec, "_initializing", False))
 
 
 def _consider(fix: Fix, *, anew: bool = False) -> None:
     _stamps.aside([guard.path for guard in fix.guards])
-    known = _repairs.get(fix.name)
+    known = register.repairs.get(fix.name)
     if known is not None and known.in_place() and not anew:
         return _stand_guard(known)
     if known is not None:
@@ -167,13 +93,13 @@ def _consider(fix: Fix, *, anew: bool = False) -> None:
     repair = _decided(fix)
     if known is not None:
         repair.journal = known.journal
-    _repairs[fix.name] = repair
-    if repair.applied - set(_disabled):
+    register.repairs[fix.name] = repair
+    if repair.applied - set(register.disabled):
         _put_in_place(repair)
     _stand_guard(repair)
 
 
-def _decided(fix: Fix) -> _Repair:
+def _decided(fix: Fix) -> Repair:
     advisories = [load(id) for id in fix.advisories]
     try:
         versions = _versions(fix)
@@ -186,12 +112,12 @@ def _decided(fix: Fix) -> _Repair:
         }
     except Exception as error:  # broken metadata, a Python whose shapes cannot be compared
         failed = Decision("failed", f"{type(error).__name__}: {error}", None)
-        return _Repair(fix, _own_version(fix.package), dict.fromkeys(fix.advisories, failed))
-    return _Repair(fix, versions[fix.package], decisions)
+        return Repair(fix, _own_version(fix.package), dict.fromkeys(fix.advisories, failed))
+    return Repair(fix, versions[fix.package], decisions)
 
 
 def _only_if_asked(advisory: Advisory, decision: Decision) -> Decision:
-    if advisory.severity != "precision" or advisory.id in _asked or decision.state != "applied":
+    if advisory.severity != "precision" or advisory.id in register.asked or decision.state != "applied":
         return decision
     reason = f"a loss of precision, repaired only when it is asked for: trainfix.apply({advisory.id!r})"
     return Decision("disabled", reason, decision.shape)
@@ -220,7 +146,7 @@ def _own_version(package: str) -> str:
     return str(getattr(sys.modules.get(package), "__version__", "0"))
 
 
-def _put_in_place(repair: _Repair) -> None:
+def _put_in_place(repair: Repair) -> None:
     """Replace all targets, or none: a failure is rolled back, and told apart from a refusal."""
     fix, done = repair.fix, list[replace.Entry]()
     assert fix.build is not None
@@ -239,13 +165,13 @@ def _put_in_place(repair: _Repair) -> None:
     repair.journal += done
 
 
-def _stand_guard(repair: _Repair) -> None:
+def _stand_guard(repair: Repair) -> None:
     """Wrap the constructors and, where nothing is repaired, the events that show that a run reaches an error."""
-    active = repair.guarded - set(_disabled)
+    active = repair.guarded - set(register.disabled)
     loud = active - repair.applied
     for guard in repair.fix.guards:
         wanted = (active if guard.on_construction else loud) & set(guard.reached)
-        if guard.module not in _executed or not wanted:
+        if guard.module not in register.executed or not wanted:
             continue
         post = _posts.setdefault(guard.path, _Post())
         known = repair.fix.name in post.guards
@@ -272,17 +198,19 @@ def _stand_guard(repair: _Repair) -> None:
 
 def _stand_at_checkpoints() -> None:
     """Watch where runs of what is repaired now save and load, and nowhere else."""
-    repaired = [repair for repair in _repairs.values() if repair.journal and finder.current.stamp]
+    repaired = [repair for repair in register.repairs.values() if repair.journal and finder.current.stamp]
     targets = {target.path for repair in repaired for target in repair.fix.targets}
     wanted = stamp.of_packages(repair.fix.package for repair in repaired)
-    _stamps.stand([place for place in wanted if place.module in _executed and place.path not in targets])
+    _stamps.stand([place for place in wanted if place.module in register.executed and place.path not in targets])
 
 
 def _account() -> tuple[list[Record], dict[str, str]]:
     """For a stamp: a record of each advisory that was decided on in this process, and the imported packages."""
     with _lock:
-        records = [_record(load(id), {}, {}) for repair in _repairs.values() for id in repair.decisions]
-        shippers = [shipped for repair in _repairs.values() if (shipped := shipped_by(repair.fix.name)) is not None]
+        records = [record_of(load(id), {}, {}) for repair in register.repairs.values() for id in repair.decisions]
+        shippers = [
+            shipped for repair in register.repairs.values() if (shipped := shipped_by(repair.fix.name)) is not None
+        ]
     packages = ["torch", *(name for name in list(TARGETS) if "." not in name)]
     found = {name: _installed_version(name) or _own_version(name) for name in packages if name in sys.modules}
     return records, {**found, **dict(one.split(" ", 1) for one in shippers)}
@@ -292,7 +220,7 @@ def _looked_after(parts: Sequence[Any]) -> set[str]:
     """The advisories that harm gradients, of the fixes that look after one of these objects."""
     caring = [
         repair.fix
-        for repair in list(_repairs.values())
+        for repair in list(register.repairs.values())
         if any(
             guards.is_built_at(guard, part) and repair.fix.repairs(part)
             for part in parts
@@ -307,10 +235,10 @@ _stamps = stamp.Posts(_account, _looked_after)
 
 def look(fix: str, guard: Guard, instance: object) -> None:
     """For a fix whose event is no call of a method, which the engine could guard: to be called before it happens."""
-    _look(_repairs[fix], guard, instance)
+    _look(register.repairs[fix], guard, instance)
 
 
-def _look(repair: _Repair, guard: Guard, instance: object, *args: Any, **kwargs: Any) -> None:
+def _look(repair: Repair, guard: Guard, instance: object, *args: Any, **kwargs: Any) -> None:
     """Whether this object, or this call, reaches what the fix does not repair; and do all ranks repair it alike?"""
     if guard.on_construction and (own := repair.fix.own(instance)) is not None:
         return _say_left_alone(repair, own)
@@ -318,7 +246,7 @@ def _look(repair: _Repair, guard: Guard, instance: object, *args: Any, **kwargs:
         decision = repair.decisions[id]
         covered = decision.state == "applied" and repair.fix.repairs(instance)
         lost = repair.lost() if covered else []
-        if id in _disabled or (covered and not lost) or decision.state not in ("applied", *_LOUD):
+        if id in register.disabled or (covered and not lost) or decision.state not in ("applied", *LOUD):
             continue
         advisory = load(id)
         reason = guards.asked(guard, advisory, instance, *args, **kwargs)
@@ -328,23 +256,23 @@ def _look(repair: _Repair, guard: Guard, instance: object, *args: Any, **kwargs:
         _agree(repair, instance)
 
 
-def _say_left_alone(repair: _Repair, own: str) -> None:
+def _say_left_alone(repair: Repair, own: str) -> None:
     """The user computes it with code of their own, which we do not know: no error, and nothing that we touch."""
-    ids = sorted(repair.guarded - set(_disabled))
+    ids = sorted(repair.guarded - set(register.disabled))
     text = f"trainfix {trainfix.__version__}: {', '.join(ids)} not-affected ({own})"
     if ids and text not in _left_alone:
         _left_alone.add(text)
         report.inform(text)
 
 
-def _stop(repair: _Repair, advisory: Advisory, decision: Decision, reason: str, kind: str, lost: Sequence[str]) -> None:
-    why_not = f"{decision.state}: {decision.reason}" if decision.state in _LOUD else f"the repair does not cover {kind}"
+def _stop(repair: Repair, advisory: Advisory, decision: Decision, reason: str, kind: str, lost: Sequence[str]) -> None:
+    why_not = f"{decision.state}: {decision.reason}" if decision.state in LOUD else f"the repair does not cover {kind}"
     why_not = "; ".join(lost) or why_not
     proved = any(known.get(decision.shape or "") == "affected" for known in advisory.evidence.values())
     guards.stop(advisory, repair.installed, reason, why_not, proved=proved, mode=finder.current.mode)
 
 
-def _agree(repair: _Repair, instance: object) -> None:
+def _agree(repair: Repair, instance: object) -> None:
     built_for = "+".join(sorted(repair.applied))
     repaired = f"{repair.fix.name} ({built_for}) on {repair.fix.package} {repair.installed}"
     shipped = shipped_by(repair.fix.name)
@@ -362,10 +290,10 @@ def _agree(repair: _Repair, instance: object) -> None:
 def _announce() -> None:
     """Say what was done since last time: one line on the first rank; refusals and failures on every rank, once; strict
     stops here."""
-    fresh = [repair for repair in _repairs.values() if not repair.told]
+    fresh = [repair for repair in register.repairs.values() if not repair.told]
     for repair in fresh:
         repair.told = True
-    packages = {f"({repair.fix.package} {repair.installed})": list[_Repair]() for repair in fresh}
+    packages = {f"({repair.fix.package} {repair.installed})": list[Repair]() for repair in fresh}
     for repair in fresh:
         packages[f"({repair.fix.package} {repair.installed})"].append(repair)
     troubles = [line for on, repairs in packages.items() for line in _announce_package(on, repairs)]
@@ -373,7 +301,7 @@ def _announce() -> None:
         raise UnfixedBugError("\n".join([*troubles, "TRAINFIX=strict stops at the import of what cannot be repaired."]))
 
 
-def _announce_package(on: str, repairs: Sequence[_Repair]) -> list[str]:
+def _announce_package(on: str, repairs: Sequence[Repair]) -> list[str]:
     """The summary of one package's fixes, and a warning for each reason that something is not repaired: returned."""
     head = f"trainfix {trainfix.__version__}: "
     applied = sorted(id for repair in repairs if repair.journal for id in repair.applied)
@@ -384,23 +312,23 @@ def _announce_package(on: str, repairs: Sequence[_Repair]) -> list[str]:
         _warn_shared(repair)
         for id, decision in repair.decisions.items():
             known_only = repair.fix.build is None  # said where a run reaches it
-            if id not in _disabled and not known_only and decision.state in (*_LOUD, "unverified"):
+            if id not in register.disabled and not known_only and decision.state in (*LOUD, "unverified"):
                 troubles.setdefault((decision.state, decision.reason), []).append(id)
     lines = []
     for (state, reason), ids in troubles.items():
         lines.append(f"{head}{', '.join(sorted(ids))} {state} {on}: {reason}")
-        report.warn(lines[-1], every_rank=state in _LOUD)
+        report.warn(lines[-1], every_rank=state in LOUD)
     return lines
 
 
-def _warn_shared(repair: _Repair) -> None:
-    named = {one.id for one in load_all() if one.repaired_by.id in repair.applied - set(_disabled)}
-    off = sorted((repair.applied | named) & set(_disabled))
+def _warn_shared(repair: Repair) -> None:
+    named = {one.id for one in load_all() if one.repaired_by.id in repair.applied - set(register.disabled)}
+    off = sorted((repair.applied | named) & set(register.disabled))
     if repair.journal and off:
         together = ",".join(sorted({*repair.applied, *off}))
         report.warn(
             f"trainfix: {', '.join(off)} stays repaired: its repair is shared with "
-            f"{', '.join(sorted(repair.applied - set(_disabled)))}; "
+            f"{', '.join(sorted(repair.applied - set(register.disabled)))}; "
             f"to disable it, disable all together: TRAINFIX_DISABLE={together}"
         )
 
@@ -408,70 +336,7 @@ def _warn_shared(repair: _Repair) -> None:
 def status() -> list[Record]:
     """One record per advisory of the catalogue: what trainfix did in this process, and why."""
     with _lock:
-        return _records(load_all())
-
-
-def _records(advisories: Sequence[Advisory]) -> list[Record]:
-    """One record each. The installed copy of a package is looked for once, and each of its files read once."""
-    packages = {name for one in advisories for name in (one.package, *one.needs)}
-    copies = {package: next(iter(find(package)), None) for package in packages}
-    shapes: dict[str, str | None] = {}
-    for package, copy in copies.items():
-        if copy is not None:
-            known_only = [one for one in advisories if one.package == package and one.fix is None]
-            shapes |= shapes_of(copy, [path for one in known_only for path in one.evidence])
-    versions = {package: copy.version for package, copy in copies.items() if copy is not None}
-    return [_through(one, versions, shapes) or _record(one, versions, shapes) for one in advisories]
-
-
-def _record(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, str | None]) -> Record:
-    repair = _repairs.get(advisory.fix or "")
-    if repair is None:
-        state, reason = _waiting(advisory)
-        shape, installed = None, versions.get(advisory.package)
-        if advisory.fix is None and installed is not None and state == "waiting":
-            decision = decide(None, advisory, versions, shapes)
-            state, reason, shape = decision.state, decision.reason, decision.shape
-        return Record(advisory.id, advisory.fix, advisory.package, installed, None, state, reason, shape)
-    decision = repair.decisions[advisory.id]
-    target = ", ".join(target.path for target in repair.fix.targets) if repair.journal else None
-    state, reason = decision.state, decision.reason
-    if advisory.id in _disabled and state in ("applied", "unverified", *_LOUD):
-        if state == "applied" and repair.journal:
-            reason = f"shared with {', '.join(sorted(repair.applied - set(_disabled)))}"
-        else:
-            state, reason = ("reverted" if advisory.id in _reverted else "disabled"), _disabled[advisory.id]
-    if state == "applied":
-        reason = "; ".join(filter(None, [reason, *_since_replaced(repair)]))
-    return Record(advisory.id, advisory.fix, advisory.package, repair.installed, target, state, reason, decision.shape)
-
-
-def _through(advisory: Advisory, versions: Mapping[str, str], shapes: Mapping[str, str | None]) -> Record | None:
-    """What became of the repair of the package at fault; None where that is the advisory's own, or not affected."""
-    if advisory.through is None or advisory.package not in versions:
-        return None
-    if judge(advisory, versions, shapes).verdict != "affected":
-        return None
-    record = _record(advisory.repaired_by, versions, shapes)
-    reason = f"through {record.id}" + (f": {record.reason}" if record.reason else "")
-    return replace_fields(
-        record, id=advisory.id, package=advisory.package, installed=versions[advisory.package], reason=reason
-    )
-
-
-def _since_replaced(repair: _Repair) -> Iterator[str]:
-    """Who stands where we stood: a wrapper that still calls us, or somebody who undid the repair. We cannot tell."""
-    for entry in repair.journal:
-        if (holder := entry.holder()) is not None:
-            yield f"{entry.slot.name} has since been replaced by {holder}"
-
-
-def _waiting(advisory: Advisory) -> tuple[State, str]:
-    if finder.current.mode == "off":
-        return "disabled", "TRAINFIX=off"
-    if advisory.id in _disabled:
-        return "reverted" if advisory.id in _reverted else "disabled", _disabled[advisory.id]
-    return "waiting", f"{advisory.package} is not imported yet"
+        return records_of(load_all())
 
 
 def _checked(ids: tuple[str, ...]) -> tuple[str, ...]:
@@ -490,27 +355,29 @@ def apply(*ids: str) -> list[Record]:
     fixes = {one.fix: load_fix(one.fix) for one in repairing if one.fix is not None}
     with _lock:
         if finder.current.mode == "off":  # apply wins over it, for what it names
-            _disabled.update({advisory.id: "TRAINFIX=off" for advisory in load_all() if advisory.id not in _disabled})
+            register.disabled.update(
+                {advisory.id: "TRAINFIX=off" for advisory in load_all() if advisory.id not in register.disabled}
+            )
         for id in {*wanted, *(one.id for one in repairing)}:
-            _disabled.pop(id, None)
-            _reverted.discard(id)
+            register.disabled.pop(id, None)
+            register.reverted.discard(id)
         finder.switch_on()
-        newly = _ask_for({id for id in ids if load(id).severity == "precision"} - _asked)
+        newly = _ask_for({id for id in ids if load(id).severity == "precision"} - register.asked)
         for name, fix in fixes.items():
-            if fix.modules <= _executed:
+            if fix.modules <= register.executed:
                 _consider(fix, anew=name in newly)
         _stand_at_checkpoints()
         _announce()
-        records = _records([load(id) for id in wanted])
+        records = records_of([load(id) for id in wanted])
     for record in records:
-        if record.id in ids and record.state in _LOUD:
+        if record.id in ids and record.state in LOUD:
             raise UnfixedBugError(f"{record.id} cannot be repaired: {record.state}: {record.reason}", record.id)
     return records
 
 
 def _ask_for(ids: set[str]) -> set[str | None]:
     """Note that these precision advisories are asked for. Returns the fixes that must be built anew for them."""
-    _asked.update(ids)
+    register.asked.update(ids)
     return {load(id).fix for id in ids}
 
 
@@ -523,8 +390,8 @@ def revert(*ids: str) -> tuple[str, ...]:
     """
     wanted = tuple(dict.fromkeys(name for id in _checked(ids) for name in (id, load(id).repaired_by.id)))
     with _lock:
-        repairs = [repair for repair in _repairs.values() if set(wanted) & set(repair.fix.advisories)]
-        gone = {*_disabled, *wanted}
+        repairs = [repair for repair in register.repairs.values() if set(wanted) & set(repair.fix.advisories)]
+        gone = {*register.disabled, *wanted}
         leaving = [repair for repair in repairs if not repair.applied - gone]
         unguarded = [repair for repair in leaving if not repair.guarded - gone]
         posts = _left_by(unguarded)
@@ -536,8 +403,8 @@ def revert(*ids: str) -> tuple[str, ...]:
                 what = f"{replace.describe(entry.original)} has since been replaced by {holder}"
                 raise RuntimeError(f"cannot revert {', '.join(wanted)}: {what}")
         for id in wanted:
-            _disabled[id] = "trainfix.revert()"
-            _reverted.add(id)
+            register.disabled[id] = "trainfix.revert()"
+            register.reverted.add(id)
         back = {id for repair in leaving if repair.journal for id in repair.applied}
         for post in posts:
             replace.take_out(post.journal)
@@ -547,31 +414,31 @@ def revert(*ids: str) -> tuple[str, ...]:
                 post.guards.pop(repair.fix.name, None)
         for repair in leaving:
             _undo(repair)
-        back |= _no_longer_asked(_asked & set(wanted), [repair for repair in repairs if repair not in leaving])
+        back |= _no_longer_asked(register.asked & set(wanted), [repair for repair in repairs if repair not in leaving])
         _stand_at_checkpoints()
         for repair in repairs:
             _warn_shared(repair)
     return tuple(sorted(back))
 
 
-def _left_by(repairs: Sequence[_Repair]) -> list[_Post]:
+def _left_by(repairs: Sequence[Repair]) -> list[_Post]:
     """The posts at which nobody but these stands guard."""
     names = {repair.fix.name for repair in repairs}
     return [post for post in _posts.values() if post.journal and set(post.guards) <= names]
 
 
-def _no_longer_asked(ids: set[str], staying: Sequence[_Repair]) -> set[str]:
+def _no_longer_asked(ids: set[str], staying: Sequence[Repair]) -> set[str]:
     """Precision advisories that are reverted: the fixes that stay for others are built again without them."""
-    _asked.difference_update(ids)
+    register.asked.difference_update(ids)
     shared = [repair for repair in staying if ids & repair.applied]
     back = {id for repair in shared for id in ids & repair.applied}
     for repair in shared:
         _consider(repair.fix, anew=True)
-        _repairs[repair.fix.name].told = True
+        register.repairs[repair.fix.name].told = True
     return back
 
 
-def _undo(repair: _Repair) -> None:
+def _undo(repair: Repair) -> None:
     methods = {
         entry.replacement.__name__: entry.replacement
         for entry in repair.journal

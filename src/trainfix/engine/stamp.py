@@ -29,7 +29,7 @@ from trainfix.environment.checkpoints import HEALTHY, NAME, SCHEMA, Stamp, place
 from trainfix.environment.printable import printable
 
 if TYPE_CHECKING:
-    from trainfix.engine.lifecycle import Record
+    from trainfix.engine.status import Record
 
 Arguments = Mapping[str, Any]
 

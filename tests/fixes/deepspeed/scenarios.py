@@ -261,7 +261,7 @@ def experts(deepspeed: ModuleType, configuration: Configuration, result: Result,
 
 
 def calls(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
-    """Count, in one window: buckets with this rank's gradients, calls of `gradcopy.accumulate`, reads of a scalar."""
+    """Count, in one window: buckets with this rank's gradients, calls of `Carrier.accumulate`, reads of a scalar."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     counts = {"buckets": 0, "accumulate": 0, "segments": 0, "scalars": 0}
@@ -274,20 +274,20 @@ def calls(deepspeed: ModuleType, configuration: Configuration, result: Result) -
     trial = Scripted(deepspeed, configuration)
     trial.window()
     _count_buckets(trial, counts)
-    gradcopy = importlib.import_module("trainfix.gradcopy") if "trainfix" in sys.modules else None
-    accumulate = getattr(gradcopy, "accumulate", None)
+    carrier = getattr(sys.modules.get("trainfix.gradcopy"), "Carrier", None)
+    accumulate = getattr(carrier, "accumulate", None)
 
-    def counted(segments: Any) -> None:
+    def counted(self: Any, segments: Any, **named: Any) -> None:
         counts["accumulate"] += 1
         counts["segments"] += len(segments)
-        accumulate(segments)
+        accumulate(self, segments, **named)
 
-    if gradcopy:
-        gradcopy.accumulate = counted
+    if carrier:
+        carrier.accumulate = counted
     with Scalars():
         trial.abandon(configuration.ga)
-    if gradcopy:
-        gradcopy.accumulate = accumulate
+    if carrier:
+        carrier.accumulate = accumulate
     result["calls"] = counts | {"parameters": len(trial.trained)}
 
 

@@ -24,7 +24,7 @@ DeepSpeed keeps such parameters.
 from __future__ import annotations
 
 from trainfix.engine.contract import Fix, Guard, Target
-from trainfix.fixes.deepspeed.offload_accumulation import reached, window
+from trainfix.fixes.deepspeed.offload_accumulation import carriers, reached, window
 from trainfix.fixes.deepspeed.offload_accumulation.repair import OPTIMIZER, build
 from trainfix.fixes.deepspeed.offload_accumulation.state import repairs
 
@@ -103,6 +103,7 @@ FIX = Fix(
     repairs=repairs,
     group=lambda optimizer: optimizer.dp_process_group,
     in_window=window.in_window,
+    notes=carriers.notes,
     limits="the repair covers DeepSpeedZeroOptimizer itself; ZenFlow's subclass, which has the errors too, is refused, "
     "and any other subclass is left alone",
     leaves_alone={

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.cases import CASES, WINDOWS, Case
+from tests.matrix.cases import CASES, TIERS, WINDOWS, Case
 from tests.support import experiment
 from tests.support.releases import RELEASES, release
 from trainfix import advisories
@@ -53,7 +53,8 @@ def run(version: str, cases: Sequence[Case] = CASES) -> Row:
     """The row of one release: verdicts, which cases were wrong before and after, and every complaint."""
     cases = [case for case in cases if RELEASES.index(case.since) <= RELEASES.index(version)]
     verdicts = doctor(version)
-    pairs = [pair for ranks in (1, 2) for pair in _run(version, [case for case in cases if case.ranks == ranks])]
+    runs = [_run(version, [case for case in cases if case.ranks == ranks]) for ranks in (1, 2)]
+    pairs, tiers = runs[0][0] + runs[1][0], runs[0][1] + runs[1][1]
     return {
         "release": version,
         "affected": sorted(affected(version) & repaired()),
@@ -61,7 +62,11 @@ def run(version: str, cases: Sequence[Case] = CASES) -> Row:
         "wrong_after": [case.name for case, _, new in pairs if new["error"] is None and is_wrong(case, new)],
         "identical": sum(same(old, new) for _, old, new in pairs),
         "configurations": len(cases),
-        "complaints": [text for case, old, new in pairs for text in complaints(verdicts, case, old, new)],
+        "tiers": len(tiers),
+        "complaints": [
+            *(text for case, old, new in pairs for text in complaints(verdicts, case, old, new)),
+            *(f"{case.name}: other bits by {tier}" for case, tier, one, other in tiers if not same(one, other)),
+        ],
         "date": date.today().isoformat(),
         "torch": _torch_version(),
         "python": platform.python_version(),
@@ -69,15 +74,22 @@ def run(version: str, cases: Sequence[Case] = CASES) -> Row:
     }
 
 
-def _run(version: str, cases: Sequence[Case]) -> list[tuple[Case, Row, Row]]:
-    """Each case without and with trainfix. All of them have the same number of ranks."""
+def _run(version: str, cases: Sequence[Case]) -> tuple[list[tuple[Case, Row, Row]], list[tuple[Case, str, Row, Row]]]:
+    """Each case without and with trainfix; and with trainfix, by torch and by each other tier. All of them have the
+    same number of ranks."""
     if not cases:
-        return []
+        return [], []
     options: dict[str, Any] = {"ranks": cases[0].ranks, "program": "tests.fixes.deepspeed.scenarios", "timeout": 600}
     configurations = [{"windows": WINDOWS, **case.configuration} for case in cases]
+    tiered = [(number, tier) for number, case in enumerate(cases) if case.tiers for tier in TIERS]
+    again = [{**configurations[number], "tier": tier} for number, tier in tiered]
     before = experiment.run(release(version), configurations, trainfix=False, **options)
-    after = experiment.run(release(version), configurations, trainfix=True, **options)
-    return list(zip(cases, before, after, strict=True))
+    after = experiment.run(release(version), [*configurations, *again], trainfix=True, **options)
+    by_tier = zip(tiered, after[len(cases) :], strict=True)
+    return (
+        list(zip(cases, before, after[: len(cases)], strict=True)),
+        [(cases[number], tier, after[number], result) for (number, tier), result in by_tier],
+    )
 
 
 def _torch_version() -> str:

@@ -10,7 +10,7 @@ from trainfix.gradcopy.segments import Adder, Segment
 
 # Adding bf16 to float32 in one call makes a float32 copy of the whole operand, in fresh pages each time. Chunks that
 # stay in the cache take a fraction of the time: benchmarks/host_accumulate.py.
-CHUNK_ELEMENTS = 1 << 18
+CHUNK_ELEMENTS = 1 << 16
 
 
 class TorchAdder:
@@ -28,7 +28,7 @@ class TorchAdder:
                 if first:
                     into.copy_(piece)
                 else:
-                    into.add_(piece.to(into.dtype))
+                    into.add_(piece if into.dtype is torch.float32 else piece.to(into.dtype))
                 if total is not None:
                     total += torch.linalg.vector_norm(into, dtype=torch.float64).square()  # while it is in the cache
 

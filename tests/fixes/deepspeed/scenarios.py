@@ -2,8 +2,8 @@
 
 The child's program of the tests in this folder. Each entry of its list is one of `Configuration`'s, plus
 ``"scenario": name``, a function of this file, and what that function asks for; ``"ask_for"`` names advisories to
-repair by name. Every scenario writes the windows it ran
-into ``result["windows"]``, and what else it found beside them.
+repair by name, ``"tier"`` the way of offloaded gradients. Every scenario writes the windows it ran into
+``result["windows"]``, and what else it found beside them.
 """
 
 from __future__ import annotations
@@ -63,10 +63,23 @@ def perform(deepspeed: ModuleType, values: Mapping[str, Any], result: Result) ->
     """Run one entry: its scenario, or plain windows."""
     rest = dict(values)
     scenario = rest.pop("scenario", None)
-    with _asking_for(rest.pop("ask_for", ())):
+    with _asking_for(rest.pop("ask_for", ())), _carried_by(rest.pop("tier", "auto")):
         if scenario is None:
             return experiment.windows(deepspeed, rest, result)
         _play(deepspeed, scenario, rest, result)
+
+
+@contextlib.contextmanager
+def _carried_by(tier: str) -> Iterator[None]:
+    """As TRAINFIX_GRADCOPY=tier at the import would."""
+    if "trainfix" not in sys.modules:
+        yield
+        return
+    finder, settings = (importlib.import_module(f"trainfix.{name}") for name in ("engine.finder", "settings"))
+    before = finder.current
+    finder.current = settings.read({"TRAINFIX_GRADCOPY": tier})
+    yield
+    finder.current = before
 
 
 @contextlib.contextmanager

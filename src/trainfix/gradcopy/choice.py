@@ -66,8 +66,9 @@ def choose(partitions: Sequence[torch.Tensor], device: torch.device, wish: Wish)
     order = [name for name in ORDER[on_gpu, pinned] if wish.budget != 0 or name != "resident"]
     if wish.tier != "auto":
         order = [wish.tier, *(name for name in order if name not in (wish.tier, "resident"))]
-    reasons = ["asked for" if wish.tier != "auto" else _situation(on_gpu, pinned)]
-    plan = Plan(*_hands(device), wish, pinned, ELEMENTS)
+    queues, adder, why_no_kernel = _hands(device)
+    reasons = ["asked for" if wish.tier != "auto" else _situation(on_gpu, pinned), *why_no_kernel]
+    plan = Plan(queues, adder, wish, pinned, ELEMENTS)
     for name in order:
         try:
             if on_gpu:
@@ -93,17 +94,17 @@ def build(name: str, plan: Plan) -> Tier:
     return Inline(TorchAdder() if device.asynchronous else host_adder())
 
 
-def _hands(device: torch.device) -> tuple[Device, Adder]:
-    """The queues and the adder of a device."""
+def _hands(device: torch.device) -> tuple[Device, Adder, list[str]]:
+    """The queues and the adder of a device, and why it is no kernel."""
     if device.type == "cpu":
-        return HostDevice(), host_adder()
+        return HostDevice(), host_adder(), []
     from trainfix.gradcopy import kernels
     from trainfix.gradcopy.cuda import CudaDevice
 
     try:
-        return CudaDevice(device), kernels.adder(device)
-    except kernels.Unavailable:  # neither Triton nor NVRTC: more launches, the same bits
-        return CudaDevice(device), TorchAdder()
+        return CudaDevice(device), kernels.adder(device), []
+    except kernels.Unavailable as error:  # more launches, the same bits
+        return CudaDevice(device), TorchAdder(), [f"added by torch: {error}"]
 
 
 def _situation(on_gpu: bool, pinned: bool) -> str:

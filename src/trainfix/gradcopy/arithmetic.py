@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -11,6 +11,8 @@ from trainfix.gradcopy.segments import Adder, Segment
 # Adding bf16 to float32 in one call makes a float32 copy of the whole operand, in fresh pages each time. Chunks that
 # stay in the cache take a fraction of the time: benchmarks/host_accumulate.py.
 CHUNK_ELEMENTS = 1 << 16
+# What crosses a link at once, in the gradient's own dtype: fewer bytes than after the cast, and few copies.
+CROSSING_ELEMENTS = 1 << 22
 
 
 class TorchAdder:
@@ -21,16 +23,24 @@ class TorchAdder:
 
     def add(self, segments: Sequence[Segment], squares: torch.Tensor | None = None) -> None:
         for number, (_, destination, gradient, first) in enumerate(segments):
-            chunks = zip(torch.split(destination, CHUNK_ELEMENTS), torch.split(gradient, CHUNK_ELEMENTS), strict=True)
             total = None if squares is None else squares[number].zero_()
-            for into, piece in chunks:
-                piece = piece.to(into.device)  # in the gradient's own dtype: fewer bytes than after the cast
+            for into, piece in _chunks(destination, gradient):
                 if first:
                     into.copy_(piece)
                 else:
                     into.add_(piece if into.dtype is torch.float32 else piece.to(into.dtype))
                 if total is not None:
                     total += torch.linalg.vector_norm(into, dtype=torch.float64).square()  # while it is in the cache
+
+
+def _chunks(destination: torch.Tensor, gradient: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    if destination.device.type != "cpu":
+        yield destination, gradient
+        return
+    crossings = zip(torch.split(destination, CROSSING_ELEMENTS), torch.split(gradient, CROSSING_ELEMENTS), strict=True)
+    for into, piece in crossings:
+        here = piece.to(into.device)
+        yield from zip(torch.split(into, CHUNK_ELEMENTS), torch.split(here, CHUNK_ELEMENTS), strict=True)
 
 
 def host_adder() -> Adder:

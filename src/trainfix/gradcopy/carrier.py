@@ -37,6 +37,9 @@ class Carrier:
         nothing, where a segment's two sides differ in length or two segments have one key.
         """
         check(segments)
+        wide = [one for one in segments if one.gradient.dtype.itemsize > one.destination.dtype.itemsize]
+        if wide:  # rounded before they are added, as torch does it
+            segments = [one._replace(gradient=one.gradient.to(one.destination.dtype)) for one in segments]
         self._tier.add(segments, last=last)
 
     def wait(self) -> None:

@@ -25,6 +25,7 @@ ORDER = {
     (False, True): ("torch",),
     (False, False): ("torch",),
 }
+TIERS = ("auto", "resident", "ring", "host-add", "torch")
 
 
 class Wish(NamedTuple):
@@ -56,7 +57,12 @@ class Unfit(Exception):
 
 
 def choose(partitions: Sequence[torch.Tensor], device: torch.device, wish: Wish) -> tuple[Tier, str]:
-    """The first tier in the order that fits and, on a GPU, has just given the right bits on it; torch always does."""
+    """The first tier in the order that fits and, on a GPU, has just given the right bits on it; torch always does.
+
+    Raises ValueError for a tier that does not exist.
+    """
+    if wish.tier not in TIERS:
+        raise ValueError(f"no such tier: {wish.tier!r}; there are {', '.join(TIERS)}")
     dtypes = {partition.dtype for partition in partitions}
     if dtypes - {torch.float32}:
         return Inline(TorchAdder()), f"the masters are {', '.join(sorted(map(str, dtypes)))}"

@@ -83,5 +83,6 @@ class HostAdd:
 
     def renew(self) -> None:
         self._worker.reset()
+        self._slots.forget()
         self._last = None
         self._squares.clear()

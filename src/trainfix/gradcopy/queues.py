@@ -72,6 +72,10 @@ class Slot:
         self.memory = memory
         self._free: Event | None = None
 
+    def forget(self) -> None:
+        """Nobody uses it any more, and an error of its last user is nobody's."""
+        self._free = None
+
     def take(self, queue: Queue) -> None:
         """What `queue` does from here on may overwrite it."""
         if self._free is not None:
@@ -98,6 +102,10 @@ class Slots:
         self._next = (self._next + 1) % len(self._slots)
         slot.take(queue)
         return slot
+
+    def forget(self) -> None:
+        for slot in self._slots:
+            slot.forget()
 
 
 class _Done:

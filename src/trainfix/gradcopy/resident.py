@@ -30,7 +30,7 @@ class Resident:
         self._below, self._device, self._adder, self._budget = below, device, adder, budget
         self._home: dict[int, torch.Tensor] = {}  # key -> the master gradient's slice, as it was last seen
         self._places: dict[int, torch.Tensor] = {}  # key -> its sum on the device
-        self._summed: set[int] = set()  # of this window
+        self._summed: dict[int, Event] = {}  # of this window -> its sum is whole when the event fires
         self._away: dict[int, Event] = {}  # sent home in this window, and there when the event fires
         self._slab: torch.Tensor | None = None
         self._outward = device.queue() if device.asynchronous else device.caller()
@@ -59,7 +59,6 @@ class Resident:
         if here:
             self._sum(here, last=last)
         if rest := [one for one in segments if one.key not in mine]:
-            self._summed.difference_update(one.key for one in rest)
             self._below.add(rest, last=last)
 
     def _sum(self, segments: Sequence[Segment], *, last: bool) -> None:
@@ -72,15 +71,16 @@ class Resident:
         placed = [one._replace(destination=self._places[one.key]) for one in segments]
         squares = self._squares.room(self._adder, placed, caller, self._slab.device) if last else None
         caller.do(lambda: self._adder.add(placed, squares))
-        self._summed.update(one.key for one in segments)
+        self._summed.update(dict.fromkeys(mine := [one.key for one in segments], caller.record()))
         if last:
-            self._send([one.key for one in segments])
+            self._send(mine)
 
     def _send(self, keys: Sequence[int]) -> None:
         """Sums of the device -> the masters, in as few copies as they lie in."""
         if not keys:
             return
-        self._outward.wait(self._device.caller().record())
+        for event in {self._summed[key] for key in keys}:  # whichever stream the caller has turned to since
+            self._outward.wait(event)
         sums = [Segment(key, self._home[key], self._places[key], True) for key in keys]
         for piece in pieces(sums, _WHOLE):
             self._outward.do(partial(piece.gather, piece.destination))
@@ -96,8 +96,7 @@ class Resident:
         return {**self._squares.read(), **self._below.squares()}
 
     def _all_home(self) -> None:
-        for event in set(self._away.values()):
-            event.synchronize()
+        self._outward.record().synchronize()
 
     def spill(self) -> None:
         """Give the memory back, for good. The sums of this window go home, and on in the next tier."""

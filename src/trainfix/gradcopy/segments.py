@@ -13,8 +13,8 @@ class Segment(NamedTuple):
     """One parameter's part of this rank's partition.
 
     key: which slice of the partition, a parameter's id. destination: [n] on the host, the master gradient's slice.
-    gradient: [n] on any device, any floating dtype. first: the first gradient of the window in this slice is stored,
-    later ones are added.
+    gradient: [n] on any device, bfloat16, float16 or float32. first: the first gradient of the window in this slice is
+    stored, later ones are added.
     """
 
     key: int

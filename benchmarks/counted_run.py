@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # A Llama-style list of weights at a hundredth of the width; every size is a multiple of 16 bytes, as in real models.
 HIDDEN, INNER, BLOCKS, WORDS = 64, 176, 4, 512
 BUCKET = 100_000  # elements: a micro-batch takes several
-WINDOWS, COUNTED = 3, 2
+WINDOWS = 3  # the last is counted
 
 
 @dataclass
@@ -146,27 +146,31 @@ def counted(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class DeviceEvent:
-    """An event of a stream. For the host to wait for it is a sync, wherever in the micro-batch it does, but only once:
-    after that it has fired."""
+    """An event of a stream. For the host to wait for it is a sync, wherever in the micro-batch it does; but not where
+    it has waited for that much of the stream before."""
 
-    fired = False
+    def __init__(self, queue: CountedQueue, position: int) -> None:
+        self._queue, self._position = queue, position
 
     def synchronize(self) -> None:
-        if self.fired:
-            return
-        self.fired = True
-        if threading.current_thread() is threading.main_thread():
-            COUNT.rows[-1]["syncs"] += 1
+        if self._position > self._queue.waited_for:
+            self._queue.waited_for = self._position
+            if threading.current_thread() is threading.main_thread():
+                COUNT.rows[-1]["syncs"] += 1
 
 
 class CountedQueue:
     """A stream that is done with everything at once."""
 
+    def __init__(self) -> None:
+        self.done = self.waited_for = 0
+
     def do(self, operation: Callable[[], object]) -> None:
+        self.done += 1
         operation()
 
     def record(self) -> DeviceEvent:
-        return DeviceEvent()
+        return DeviceEvent(self, self.done)
 
     def wait(self, event: Any) -> None:
         if not isinstance(event, DeviceEvent):  # a thread's event: no stream can wait for it, so the host does
@@ -180,8 +184,11 @@ class CountedDevice:
 
     asynchronous = True
 
+    def __init__(self) -> None:
+        self._caller = CountedQueue()
+
     def caller(self) -> CountedQueue:
-        return CountedQueue()
+        return self._caller
 
     def queue(self) -> CountedQueue:
         return CountedQueue()
@@ -367,11 +374,13 @@ def run(accumulation: int, tier: str | None) -> dict[str, Any]:
             words = torch.randint(WORDS, (2, 16), generator=torch.Generator().manual_seed(100 * window + number))
             engine.backward(torch.nn.functional.cross_entropy(engine(words).float().flatten(0, 1), words.flatten()))
             engine.step()
+    # For a slot that a thread still reads: from the micro-batch on in which all slots have been used once.
+    waits = sum(row.pop("thread_waits", 0) for row in COUNT.rows)
     rows = [dict(sorted((+row).items())) for row in COUNT.rows]
     middle = rows[1:-1]
     if any(row != middle[0] for row in middle):
         raise SystemExit(f"the middle micro-batches differ: {middle}")
-    buffers = {name: held.nbytes for name, held in zero.accumulated_grads_in_cpu.items()}
+    buffers = [held.nbytes for held in zero.accumulated_grads_in_cpu.values()]
     return {
         "deepspeed": deepspeed.__version__,
         "accumulation": accumulation,
@@ -380,7 +389,8 @@ def run(accumulation: int, tier: str | None) -> dict[str, Any]:
         "parameters": len(list(model.parameters())),
         "buckets": buckets[0],
         "micro_batches": {"first": rows[0], "middle": middle[0], "boundary": rows[-1]},
-        "pinned_bytes": sum(buffers.values()) + COUNT.pinned_bytes,
+        "thread_waits": waits,
+        "pinned_bytes": sum(buffers) + COUNT.pinned_bytes,
         "device_bytes": COUNT.device_bytes + zero.temp_grad_buffer_for_gpu_offload.nbytes,
         "relative_error": sums["error"],
     }
@@ -421,7 +431,13 @@ def _watch(zero: Any, optimizer: torch.optim.Optimizer) -> tuple[dict[Any, Any],
     for name in ("check_overflow", "scaled_global_norm"):
         setattr(zero, name, counted(getattr(zero, name)))
     if hasattr(zero, "_record_offload_copy"):  # from 0.19.8 on: on a device with streams it leaves an event
-        zero._record_offload_copy = lambda: zero._pending_offload_events.__setitem__(None, DeviceEvent())
+        stream = CountedQueue()
+
+        def record() -> None:
+            stream.do(lambda: None)
+            zero._pending_offload_events[None] = stream.record()
+
+        zero._record_offload_copy = record
     optimizer.register_step_pre_hook(consumed)
     return sums, buckets
 

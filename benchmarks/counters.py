@@ -107,7 +107,9 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         up, down = (per_element(row, f"{way}_bytes") for way in ("host_to_device", "device_to_host"))
         middle, boundary = row["micro_batches"]["middle"], row["micro_batches"]["boundary"]
         pinned = row["pinned_bytes"]
-        held = f"{pinned / row['elements']:.3g} B" if row["tier"] is None else f"{pinned >> 20} MiB"
+        held = (
+            f"{pinned / row['elements']:.3g} B" if row["tier"] is None else f"{pinned >> 20} MiB" if pinned else "none"
+        )
         cells = [
             row["variant"],
             *(f"{value:.1f}" for value in (up, down, up + down)),
@@ -136,7 +138,8 @@ def caption(rows: Sequence[Row]) -> str:
         f"Counted, not timed, by `PYTHONPATH=. python benchmarks/counters.py`: ZeRO-2 with CPU offload, bf16, one "
         f"rank, {SHOWN} accumulation steps, {row['parameters']} parameters in {row['buckets']} buckets. Bytes are per "
         "element of the partition and optimizer step; kernels, copies and host syncs are those of a middle micro-batch "
-        "/ of the last one with the step. The error is that of the sum which the optimizer consumed, against float64.\n"
+        "/ of the last one with the step. A host sync is a wait for the device. The error is that of the sum which the "
+        "optimizer consumed, against float64.\n"
     )
 
 

@@ -71,7 +71,7 @@ def test_trainfix_waits_for_the_device_at_the_step_only_and_not_once_per_paramet
         micro = row["micro_batches"]
         assert "syncs" not in micro["first"]
         assert "syncs" not in micro["middle"]
-        assert micro["boundary"].get("syncs", 0) <= 2 * BUCKETS < PARAMETERS
+        assert micro["boundary"].get("syncs", 0) <= 2  # until the sums are home; the norms come in one copy
 
 
 @pytest.mark.parametrize("version", ["0.18.9", "0.19.0", "0.19.8"])

@@ -68,6 +68,7 @@ _OFFLOAD = [
     ),
 ]
 _OVERLAP_1: dict[str, Any] = {"stage": 1, "overlap": True, "mask": "1110"}
+_COMPOSED: dict[str, Any] = {"scenario": "composed", "stage": 1, "offload": False, "ga": 3}
 _DEVICE = [
     *(
         Case(f"Z{stage} device {dtype} GA4", {"stage": stage, "offload": False, "dtype": dtype}, reaches, exact=False)
@@ -79,6 +80,9 @@ _DEVICE = [
     Case("Z2 device branch in 0110", {"offload": False, "mask": "0110"}, ("TF-0002",)),
     Case("Z1 unscaled", {"stage": 1, "offload": False, "backward": "unscaled"}, ("TF-0008",)),
     Case("Z2 GA2 unscaled", {"ga": 2, "backward": "unscaled"}, ("TF-0008",)),
+    Case("Z1 GA3 loss and logits", {**_COMPOSED, "call": "loss and logits"}, ("TF-0032",)),
+    Case("Z1 GA3 engine.module", {**_COMPOSED, "call": "a forward of engine.module"}, ("TF-0032",)),
+    Case("Z1 GA3 two heads", {**_COMPOSED, "call": "two heads"}),
 ]
 _STAGE_3 = [
     *(
@@ -110,6 +114,7 @@ _TWO_RANKS = [
         ("TF-0007",),
         since="0.18.5",  # 0.17.6 to 0.18.4 build none
     ),
+    Case("Z1 GA3 loss and logits", {**_COMPOSED, "call": "loss and logits"}, ("TF-0032",)),
 ]
 
 CASES = tuple(

@@ -11,8 +11,9 @@ TARGETS = {
         "deepspeed.offload_accumulation",
         "deepspeed.partition_accumulation",
         "deepspeed.bf16_boundary",
-        "deepspeed.unscaled_backward",
+        "deepspeed.backward_division",
     ),
+    "deepspeed.runtime.utils": ("deepspeed.backward_division",),
     "deepspeed.runtime.zero.stage3": ("deepspeed.stage3_accumulation", "deepspeed.known_races"),
     "deepspeed.runtime.zero.stage_1_and_2": (
         "deepspeed.offload_accumulation",

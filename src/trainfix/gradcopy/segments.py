@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -40,12 +39,13 @@ class Adder(Protocol):
 class Piece(NamedTuple):
     """Segments whose destinations lie one behind the other, all of them first or none.
 
-    destination: [n], the whole stretch. gradient: [n] where the gradients lie one behind the other as well, in any
-    order, else None.
+    destination: [n], the whole stretch. gradients: the memory that holds the gradients, merged where they adjoin, in any
+    order. offsets: where each segment's gradient is once `gather` has put them together.
     """
 
     destination: torch.Tensor
-    gradient: torch.Tensor | None
+    gradients: tuple[torch.Tensor, ...]
+    offsets: tuple[int, ...]
     segments: tuple[Segment, ...]
 
     @property
@@ -61,24 +61,18 @@ class Piece(NamedTuple):
         ]
 
     def read_from(self, memory: torch.Tensor, segments: Sequence[Segment]) -> list[Segment]:
-        """The segments with the gradients at `memory`, [n], where `gather` has put them."""
-        begin = 0 if self.gradient is None else self.gradient.storage_offset()
-        found, place = list[Segment](), 0
-        for one in segments:
-            offset = place if self.gradient is None else one.gradient.storage_offset() - begin
-            found.append(one._replace(gradient=memory.narrow(0, offset, one.gradient.numel())))
-            place += one.gradient.numel()
-        return found
+        """These segments, the piece's own or `placed_at`'s, with the gradients at `memory`, [n]."""
+        return [
+            one._replace(gradient=memory.narrow(0, offset, one.gradient.numel()))
+            for one, offset in zip(segments, self.offsets, strict=True)
+        ]
 
     def gather(self, memory: torch.Tensor) -> None:
-        """Copy the gradients to `memory`, [n], of their dtype: in one copy where they lie together."""
-        if self.gradient is not None:
-            memory.copy_(self.gradient, non_blocking=True)
-            return
+        """Copy the gradients to `memory`, [n], of their dtype: in as few copies as they lie in."""
         place = 0
-        for one in self.segments:
-            memory.narrow(0, place, one.gradient.numel()).copy_(one.gradient, non_blocking=True)
-            place += one.gradient.numel()
+        for gradient in self.gradients:
+            memory.narrow(0, place, gradient.numel()).copy_(gradient, non_blocking=True)
+            place += gradient.numel()
 
 
 def check(segments: Sequence[Segment]) -> None:
@@ -115,24 +109,31 @@ def pieces(segments: Sequence[Segment], elements: int) -> Iterator[Piece]:
 
 def _follows(last: Segment, one: Segment, done: int) -> bool:
     """Whether what is left of `one` goes right behind `last`."""
-    end = last.destination.data_ptr() + last.destination.numel() * last.destination.element_size()
-    begin = one.destination.data_ptr() + done * one.destination.element_size()
     alike = last.first == one.first and last.gradient.dtype == one.gradient.dtype
-    return end == begin and alike and _storage(last.destination) == _storage(one.destination)
+    return alike and _adjoin(last.destination, one.destination[done:])
 
 
 def _piece(run: Sequence[Segment]) -> Piece:
-    gradients = sorted((one.gradient for one in run), key=lambda gradient: gradient.data_ptr())
-    together = all(
-        before.data_ptr() + before.numel() * before.element_size() == after.data_ptr()
-        and _storage(before) == _storage(after)
-        for before, after in pairwise(gradients)
-    )
-    total = sum(one.gradient.numel() for one in run)
-    first = run[0].destination
-    destination = first.as_strided((total,), (1,), first.storage_offset())
-    gradient = gradients[0].as_strided((total,), (1,), gradients[0].storage_offset()) if together else None
-    return Piece(destination, gradient, tuple(run))
+    order = sorted(range(len(run)), key=lambda number: run[number].gradient.data_ptr())
+    gradients, offsets, total = list[torch.Tensor](), [0] * len(run), 0
+    for number in order:
+        gradient = run[number].gradient
+        offsets[number] = total
+        total += gradient.numel()
+        if gradients and _adjoin(gradients[-1], gradient):
+            before = gradients.pop()
+            gradient = _stretch(before, before.numel() + gradient.numel())
+        gradients.append(gradient)
+    return Piece(_stretch(run[0].destination, total), tuple(gradients), tuple(offsets), tuple(run))
+
+
+def _adjoin(before: torch.Tensor, after: torch.Tensor) -> bool:
+    end = before.data_ptr() + before.numel() * before.element_size()
+    return end == after.data_ptr() and _storage(before) == _storage(after)
+
+
+def _stretch(begin: torch.Tensor, elements: int) -> torch.Tensor:
+    return begin.as_strided((elements,), (1,), begin.storage_offset())
 
 
 def _storage(tensor: torch.Tensor) -> int:

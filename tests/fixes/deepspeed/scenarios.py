@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import itertools
 import logging
@@ -57,6 +58,67 @@ class Scripted(Trial):
 
         safe = importlib.import_module("deepspeed.utils").safe_get_full_grad
         return experiment.sha256([torch.cat([safe(parameter).reshape(-1) for parameter in self.trained])])
+
+
+class Composed(Scripted):
+    """A trial whose loss is put together as `call` says; `one` is the engine's forward, and `bare` the model's own."""
+
+    def __init__(self, deepspeed: ModuleType, configuration: Configuration, call: str) -> None:
+        super().__init__(deepspeed, configuration)
+        self.call = call
+        for model in (self.model, self.twin):
+            model.forward = functools.partial(self._forward, model.forward)
+
+    def _forward(self, forward: Callable[..., Any], inputs: Any, targets: Any = None) -> Any:
+        """As models of transformers do: with targets, the loss and the logits that it comes from."""
+        output = forward(inputs)
+        if self.call == "two heads":
+            return output[:, :1], output[:, 1:]
+        return output if targets is None else {"loss": self._mean(output, targets), "logits": output}
+
+    def _mean(self, output: Any, targets: Any) -> Any:
+        import torch
+
+        wide = torch.promote_types(output.dtype, torch.float32)
+        return torch.nn.functional.mse_loss(output.to(wide), targets.to(wide))
+
+    def _loss(self, model: Any, number: int, k: int, rank: int) -> Any:
+        import torch
+
+        dtype = torch.float64 if model is self.twin else self.dtype
+        inputs, targets = (part.to(dtype) for part in experiment.batch(self.configuration, number, k, rank))
+        one, bare = model, model if model is self.twin else model.module
+        if self.call == "loss and logits":
+            return one(inputs, targets)["loss"]
+        if self.call == "loss and a term of the logits":
+            output = one(inputs, targets)
+            return output["loss"] + output["logits"].float().square().mean() / 8
+        if self.call == "a forward of engine.module":
+            return self._mean(bare(inputs), targets)
+        if self.call == "a forward of the engine and one of engine.module":
+            return self._mean(one(inputs), targets) + self._mean(bare(inputs.flip(1)), targets)
+        if self.call == "a forward that feeds another":
+            return self._mean(one(4 * one(inputs).repeat(1, 4)), targets)
+        if self.call == "two forwards":
+            return self._mean(one(inputs), targets) + self._mean(one(inputs.flip(1)), targets)
+        if self.call == "two heads":
+            left, right = one(inputs)
+            return self._mean(left, targets[:, :1]) + self._mean(right, targets[:, 1:])
+        raise ValueError(f"no such loss: {self.call}")
+
+
+def _scripted(deepspeed: ModuleType, configuration: Configuration, call: str) -> Scripted:
+    return Composed(deepspeed, configuration, call) if call else Scripted(deepspeed, configuration)
+
+
+def composed(deepspeed: ModuleType, configuration: Configuration, result: Result, *, call: str) -> None:
+    """Plain windows, with a loss that is put together as `call` says; then one more, and what `backward` returns."""
+    trial = Composed(deepspeed, configuration, call)
+    result["windows"] += [trial.window() for _ in range(configuration.windows)]
+    result["parameters"] = trial.parameters()
+    loss = trial._loss(trial.engine, configuration.windows, 0, deepspeed.comm.get_rank())
+    told = {"scale_wrt_gas": False} if configuration.backward == "unscaled" else {}
+    result["loss"], result["returned"] = float(loss), float(trial.engine.backward(loss, **told))
 
 
 def perform(deepspeed: ModuleType, values: Mapping[str, Any], result: Result) -> None:
@@ -167,13 +229,13 @@ def destroy(deepspeed: ModuleType, configuration: Configuration, result: Result)
     result["windows"] += [new.window() for _ in range(configuration.windows)]
 
 
-def late_import(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
+def late_import(deepspeed: ModuleType, configuration: Configuration, result: Result, *, call: str = "") -> None:
     """`import trainfix` when one engine is in the middle of its second window and another has not begun its first.
 
     The third engine's `step` was captured by then, as a learning rate scheduler does that counts the steps.
     """
     assert "trainfix" not in sys.modules
-    middle, before, captured = (Scripted(deepspeed, configuration) for _ in range(3))
+    middle, before, captured = (_scripted(deepspeed, configuration, call) for _ in range(3))
     step, counted = captured.zero.step, []
 
     def counting(*args: Any, **named: Any) -> Any:
@@ -187,10 +249,10 @@ def late_import(deepspeed: ModuleType, configuration: Configuration, result: Res
     result["counted"] = len(counted)
 
 
-def revert(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
+def revert(deepspeed: ModuleType, configuration: Configuration, result: Result, *, call: str = "") -> None:
     """`trainfix.revert()` in the middle of the second window, `trainfix.apply()` in the middle of the fourth."""
     trainfix = importlib.import_module("trainfix")
-    trial = Scripted(deepspeed, configuration)
+    trial = _scripted(deepspeed, configuration, call)
     trial.events[1, 1] = lambda _: result.update(back=trainfix.revert())
     trial.events[3, 1] = lambda _: trainfix.apply()
     result["windows"] += [trial.window() for _ in range(configuration.windows)]

@@ -1,4 +1,7 @@
-"""TF-0008: what `backward(scale_wrt_gas=False)` gives the optimizer, without trainfix and with it."""
+"""TF-0008: what `backward(scale_wrt_gas=False)` gives the optimizer, without trainfix and with it.
+
+TF-0032, which the same fix repairs: test_backward_division.py.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +63,8 @@ def repaired(runs):
 
 @pytest.fixture(scope="module")
 def next_release(runs):
-    """DeepSpeed 0.18.4 on one rank, `import trainfix` first, which leaves it alone but for TF-0001."""
-    return runs("0.18.4", UNSCALED | UNTOUCHED, trainfix=True)
+    """DeepSpeed 0.18.4 on one rank, `import trainfix` first, which repairs TF-0001 and TF-0032 there."""
+    return runs("0.18.4", UNSCALED, trainfix=True)
 
 
 def assert_divided(result, expected):
@@ -116,10 +119,15 @@ def wrapped(results):
 
 
 @pytest.mark.parametrize("name", UNSCALED)
-def test_0_18_4_is_right_and_left_alone(next_release, name):
+def test_0_18_4_is_right(next_release, name):
     assert_right(next_release[name])
     assert states(next_release[name])["TF-0008"] == "fixed-upstream"
-    assert not wrapped(next_release)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TF_0001)
+def test_0_18_4_stays_the_same_bit_for_bit(runs, next_release, name):
+    table = {one: UNSCALED[one] for one in WITHOUT_TF_0001}
+    assert_same_bits(runs("0.18.4", table, trainfix=False)[name], next_release[name])
 
 
 @pytest.mark.parametrize("name", ["stage 0", "stage 1", "stage 3"])

@@ -39,7 +39,7 @@ class Adder(Protocol):
 class Piece(NamedTuple):
     """Segments whose destinations lie one behind the other, all of them first or none.
 
-    destination: [n], the whole stretch. gradients: the memory that holds the gradients, merged where they adjoin, in any
+    destination: [n], the whole stretch. gradients: what memory holds the gradients, merged where they adjoin, in any
     order. offsets: where each segment's gradient is once `gather` has put them together.
     """
 

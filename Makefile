@@ -3,12 +3,13 @@
 # make check    lint, types and the fast tests
 # make matrix   the experiments on every DeepSpeed release and every band of the trainers; goes on where it was stopped
 # make both     the loss and the optimizer repaired one by one, in four stacks (docs/both-together.json, .png)
+# make bench    what the gradient copy costs: counted, and timed on this machine's CPU; the report with its charts
 # make clean    remove what these commands made in the checkout
 #
 # PYTHON=...       the interpreter to build .venv with (default: python3.11, else python3)
 # TORCH_INDEX=...  the package index to take torch from (default: see tools/setup.py)
 
-.PHONY: demo test check matrix both lint types releases environment clean
+.PHONY: demo test check matrix both bench lint types releases environment clean
 BIN := .venv/bin
 DEMO := .venv/demo/bin
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -28,6 +29,11 @@ matrix: environment
 
 both: environment
 	PYTHONPATH=. $(BIN)/python benchmarks/both_together.py
+
+bench: releases
+	PYTHONPATH=. $(BIN)/python benchmarks/counters.py
+	PYTHONPATH=. $(BIN)/python benchmarks/host_accumulate.py
+	PYTHONPATH=. $(BIN)/python -m benchmarks.report
 
 lint: environment
 	$(BIN)/ruff check .

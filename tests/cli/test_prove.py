@@ -89,7 +89,7 @@ def runs(pid: str) -> bool:
     [
         (0, r"trainfix: interrupted before the first proof was done\n"),
         # Two interpreters that import beforehand, and two experiments.
-        (4, r"\[1/8\] TF-0001 could not be run, .* s\ntrainfix: interrupted; 1 of 8 proofs were done: TF-0001\n"),
+        (4, r"\[1/9\] TF-0001 could not be run, .* s\ntrainfix: interrupted; 1 of 9 proofs were done: TF-0001\n"),
     ],
 )
 def test_an_interrupt_stops_the_children_and_says_what_was_done(runs_first, said, tmp_path):

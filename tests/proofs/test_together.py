@@ -26,7 +26,7 @@ from .test_prove import environment
 
 EVERY_ID = [one.id for one in load_all() if one.proof]
 OF_0_18_9 = [  # by gravity, then by how long they take
-    *("TF-0001", "TF-0003", "TF-0004", "TF-0005", "TF-0042"),
+    *("TF-0001", "TF-0003", "TF-0004", "TF-0005", "TF-0032", "TF-0042"),
     *("TF-0006", "TF-0007"),  # two ranks
     "TF-0009",  # a loss of precision
 ]

@@ -341,6 +341,7 @@ def run(accumulation: int, tier: str | None) -> dict[str, Any]:
     torch.set_num_threads(1)
     if tier is not None:
         importlib.import_module("trainfix")
+    if tier not in (None, "auto"):
         count_tiers(tier)
     deepspeed = start()
     torch.manual_seed(0)

@@ -31,6 +31,7 @@ VARIANTS = {
     f"{BROKEN}, broken": (BROKEN, None),
     f"{REPAIRED}, upstream's repair": (REPAIRED, None),
     f"{NEWEST}, upstream's newest": (NEWEST, None),
+    f"{NEWEST} + trainfix": (NEWEST, "auto"),
     **{f"{BROKEN} + trainfix, {tier}": (BROKEN, tier) for tier in TIERS},
 }
 ACCUMULATIONS = (4, 8)
@@ -108,7 +109,11 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
         middle, boundary = row["micro_batches"]["middle"], row["micro_batches"]["boundary"]
         pinned = row["pinned_bytes"]
         held = (
-            f"{pinned / row['elements']:.3g} B" if row["tier"] is None else f"{pinned >> 20} MiB" if pinned else "none"
+            f"{pinned / row['elements']:.3g} B"
+            if row["tier"] in (None, "auto")
+            else f"{pinned >> 20} MiB"
+            if pinned
+            else "none"
         )
         cells = [
             row["variant"],

@@ -74,6 +74,12 @@ def test_trainfix_waits_for_the_device_at_the_step_only_and_not_once_per_paramet
         assert micro["boundary"].get("syncs", 0) <= 2  # until the sums are home; the norms come in one copy
 
 
+def test_a_window_that_deepspeed_sums_rightly_is_left_to_it():
+    for plain, with_trainfix in zip(rows("0.19.8"), rows("0.19.8", "auto"), strict=True):
+        same = ("micro_batches", "pinned_bytes", "relative_error")
+        assert {key: with_trainfix[key] for key in same} == {key: plain[key] for key in same}
+
+
 @pytest.mark.parametrize("version", ["0.18.9", "0.19.0", "0.19.8"])
 def test_deepspeed_waits_for_the_device_twice_per_parameter_at_the_boundary(version):
     assert all(row["micro_batches"]["boundary"]["syncs"] >= 2 * PARAMETERS for row in rows(version))

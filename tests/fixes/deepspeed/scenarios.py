@@ -125,16 +125,16 @@ def perform(deepspeed: ModuleType, values: Mapping[str, Any], result: Result) ->
     """Run one entry: its scenario, or plain windows."""
     rest = dict(values)
     scenario = rest.pop("scenario", None)
-    with _asking_for(rest.pop("ask_for", ())), _carried_by(rest.pop("tier", "auto")):
+    with _asking_for(rest.pop("ask_for", ())), _carried_by(rest.pop("tier", None)):
         if scenario is None:
             return experiment.windows(deepspeed, rest, result)
         _play(deepspeed, scenario, rest, result)
 
 
 @contextlib.contextmanager
-def _carried_by(tier: str) -> Iterator[None]:
+def _carried_by(tier: str | None) -> Iterator[None]:
     """As TRAINFIX_GRADCOPY=tier at the import would."""
-    if "trainfix" not in sys.modules:
+    if tier is None or "trainfix" not in sys.modules:
         yield
         return
     finder, settings = (importlib.import_module(f"trainfix.{name}") for name in ("engine.finder", "settings"))
@@ -300,13 +300,39 @@ def used_on_one_rank(deepspeed: ModuleType, configuration: Configuration, result
 @contextlib.contextmanager
 def _warnings(result: Result) -> Iterator[None]:
     """Writes what trainfix warns of into ``result["warned"]``."""
+    with _listening() as said:
+        yield
+    result["warned"] = [text for text in said if "is reached and not repaired" in text]
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[str]]:
+    """What trainfix says meanwhile."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("trainfix").setLevel(logging.INFO)
     logging.getLogger("trainfix").addHandler(handler)
-    yield
+    yield said
     logging.getLogger("trainfix").removeHandler(handler)
-    result["warned"] = [text for text in said if "is reached and not repaired" in text]
+
+
+def carried(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:
+    """How offloaded gradients travel: what is said when the engine is built, and by `status()` before and after."""
+    trainfix = importlib.import_module("trainfix")
+
+    def reason() -> str:
+        return str(next(record.reason for record in trainfix.status() if record.id == "TF-0001"))
+
+    reasons = [reason()]
+    with _listening() as said:
+        trial = Scripted(deepspeed, configuration)
+        result["said"] = list(said)
+        reasons.append(reason())
+        result["windows"] += [trial.window() for _ in range(configuration.windows)]
+        result["said_later"] = said[len(result["said"]) :]
+    reasons.append(reason())
+    result["reasons"] = reasons
 
 
 def on_streams(deepspeed: ModuleType, configuration: Configuration, result: Result) -> None:

@@ -125,7 +125,7 @@ def _explained(
     rounding: float,
     outliers: Sequence[Outlier],
 ) -> Balance:
-    """Which mixture of the contributions it is. scale: where most parameters agree on one; else the mixture shows it."""
+    """Which mixture of the contributions it is. scale: what most parameters agree on; None: the mixture shows it."""
     mine, goal = rows[:, looked_at], got[looked_at]
     before = None if earlier is None else earlier.detach().to(torch.float64)[:, looked_at]
     if scale is None:

@@ -74,9 +74,7 @@ def balance(
         )
     rows, got = contributions.detach().to(torch.float64), consumed.detach().to(torch.float64)
     if not bool(torch.isfinite(rows).all() and torch.isfinite(got).all()):
-        raise ValueError(
-            "a contribution or the consumed gradient is NaN or infinite: no window to balance"
-        )
+        raise ValueError("a contribution or the consumed gradient is NaN or infinite: no window to balance")
     names, place = torch.unique(parameters, return_inverse=True)
     scale, own, errors = _by_parameter(rows, got, place, len(names))
     wrong = errors > rounding

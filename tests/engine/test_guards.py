@@ -134,6 +134,14 @@ def test_a_guard_without_a_place_to_stand_is_failed_and_warned_at_import(refused
     assert "SI-0001 failed (standin 2.3)" in done.stderr
 
 
+def test_where_wrapt_is_missing_the_warning_says_how_to_install_it(refused: Path) -> None:
+    without = "import sys; sys.modules['wrapt'] = None\n"
+    done = standin.python(refused, without + START + "print([r.state for r in trainfix.status()][0])")
+    assert done.stdout == "failed\n"
+    assert "no place to stand guard for SI-0001" in done.stderr
+    assert "it is one of trainfix's requirements: pip install 'wrapt>=1.16'" in done.stderr
+
+
 def test_a_predicate_that_fails_is_said_and_breaks_nothing(refused: Path) -> None:
     done = standin.python(refused, START + "Engine(4); print('built')", STANDIN_TROUBLE="ask")
     assert done.stdout == "built\n"

@@ -18,7 +18,10 @@ HARMFUL = ("gradient", "scale")  # severities
 
 def wrap(guard: Guard, original: Function, look: Reached) -> Function:
     """`original` with the guard around it: `look` gets the built object, or any other call before it is made."""
-    from wrapt import FunctionWrapper
+    try:
+        from wrapt import FunctionWrapper
+    except ImportError as error:
+        raise ImportError(f"{error}; it is one of trainfix's requirements: pip install 'wrapt>=1.16'") from error
 
     def guarded(wrapped: Function, instance: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         called = args if instance is None else (instance, *args)  # inside a decorator it is called as a plain function

@@ -26,6 +26,7 @@ ALLOWED = {
     "gradcopy": set(),
     "fixes": {"gradcopy", "engine"},
     "measure": set(),
+    "ledger": {"measure", "engine"},
     "proofs": {"measure", "engine", "advisories", "environment"},
 }
 # Names that anyone may take from the package itself, such as __version__ and the public functions.
@@ -40,7 +41,7 @@ OF_THE_DEVICE = {"triton"}
 # What is repaired and measured. Only a body that runs after the user's own import may use these.
 REPAIRED = {"torch", "deepspeed", "transformers", "accelerate", "trl", "llamafactory", "openrlhf", "torchao"}
 REPAIRED |= {"datasets", "tokenizers"}  # what their trainers take
-USERS_OF_REPAIRED = {"fixes", "gradcopy", "measure", "proofs", "engine"}
+USERS_OF_REPAIRED = {"fixes", "gradcopy", "measure", "ledger", "proofs", "engine"}
 # What a bare `import trainfix` or any command may load.
 EARLY = {"trainfix", "__main__", "settings", "environment", "advisories", "engine", "activation", "cli"}
 

@@ -1,0 +1,32 @@
+"""What an optimizer is about to consume, one small adapter per kind of optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+
+class Consumer(Protocol):
+    """Reads a model's gradients where its optimizer will read them.
+
+    parameters: name -> the tensor at which each backward's gradient arrives. sizes: name -> elements of the whole
+    parameter, the same on every rank. ranks: how many share the work of a window; 1 where each goes its own way.
+    """
+
+    @property
+    def parameters(self) -> Mapping[str, torch.Tensor]: ...
+
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
+
+    @property
+    def ranks(self) -> int: ...
+
+    def consumed(self, sample: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradient at the sampled coordinates, parameter after parameter, and which of them this rank holds.
+
+        float64 [elements] on the host, zero where this rank holds none; bool [elements]. To be called when the
+        optimizer's step begins.
+        """

@@ -7,12 +7,15 @@ from typing import Protocol
 
 import torch
 
+ALONE = object()
+
 
 class Consumer(Protocol):
     """Reads a model's gradients where its optimizer will read them.
 
     parameters: name -> the tensor at which each backward's gradient arrives. sizes: name -> elements of the whole
-    parameter, the same on every rank. ranks: how many share the work of a window; 1 where each goes its own way.
+    parameter, the same on every rank. group: the process group that shares the work of a window (None is all ranks), or
+    ALONE where this rank goes its own way.
     """
 
     @property
@@ -22,7 +25,7 @@ class Consumer(Protocol):
     def sizes(self) -> Mapping[str, int]: ...
 
     @property
-    def ranks(self) -> int: ...
+    def group(self) -> object: ...
 
     def consumed(self, sample: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The gradient at the sampled coordinates, parameter after parameter, and which of them this rank holds.

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from trainfix.ledger.consumers import ALONE
+
 
 class Plain:
     """Consumes `parameter.grad`."""
@@ -16,7 +18,8 @@ class Plain:
         named = model.named_parameters()  # a tied weight once, by its first name
         self._parameters = {name: one for name, one in named if one.requires_grad and id(one) in stepped}
         parallel = sys.modules.get("torch.nn.parallel.distributed")
-        self._group = model.process_group if parallel and isinstance(model, parallel.DistributedDataParallel) else None
+        shared = parallel is not None and isinstance(model, parallel.DistributedDataParallel)
+        self._group = model.process_group if shared else ALONE
 
     @property
     def parameters(self) -> Mapping[str, torch.Tensor]:
@@ -27,8 +30,8 @@ class Plain:
         return {name: one.numel() for name, one in self._parameters.items()}
 
     @property
-    def ranks(self) -> int:
-        return 1 if self._group is None else int(self._group.size())
+    def group(self) -> object:
+        return self._group
 
     def consumed(self, sample: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [torch.zeros(0, dtype=torch.float64)]

@@ -1,0 +1,71 @@
+"""What every rank saw in a window comes together on the first one, through the process group's store.
+
+No collective: a rank that does not come is named after a while, and nobody hangs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+TIMEOUT_SECONDS = 60.0
+_POLL_SECONDS = 0.05
+
+
+class Ranks(NamedTuple):
+    """The ranks of a process group, and the store that they share."""
+
+    store: Any
+    ranks: tuple[int, ...]
+    own: int
+
+    @property
+    def first(self) -> bool:
+        return self.own == self.ranks[0]
+
+
+def of(group: Any) -> Ranks | None:
+    """None where there is no group, one rank or no store: this rank is alone."""
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return None
+    ranks = tuple(dist.get_process_group_ranks(dist.group.WORLD if group is None else group))
+    own = dist.get_rank()
+    if len(ranks) < 2 or own not in ranks:
+        return None
+    try:
+        store = dist.distributed_c10d._get_default_store()
+    except (AttributeError, ValueError, RuntimeError):
+        return None
+    return None if store is None else Ranks(store, ranks, own)
+
+
+def gather(
+    ranks: Ranks, name: str, mine: Mapping[str, torch.Tensor], timeout: float = TIMEOUT_SECONDS
+) -> dict[int, dict[str, torch.Tensor] | None] | None:
+    """Hand in `mine` under `name`, which every rank uses once. On the first rank: each rank's, None for one that has
+    not come within `timeout` seconds. On the others None, at once: they do not wait.
+    """
+    prefix = f"trainfix/ledger/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{ranks.ranks[0]}/{name}"
+    if not ranks.first:
+        packed = io.BytesIO()
+        torch.save(dict(mine), packed)
+        ranks.store.set(f"{prefix}/{ranks.own}", packed.getvalue())
+        return None
+    found: dict[int, dict[str, torch.Tensor] | None] = {ranks.own: dict(mine)}
+    end = time.monotonic() + timeout
+    for rank in ranks.ranks[1:]:
+        key = f"{prefix}/{rank}"
+        while not (there := ranks.store.check([key])) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        found[rank] = None
+        if there:
+            found[rank] = torch.load(io.BytesIO(ranks.store.get(key)), weights_only=True)
+            ranks.store.delete_key(key)
+    return found

@@ -1,0 +1,60 @@
+"""One of two ranks with DistributedDataParallel: prints what the first rank's ledger finds, window by window.
+
+python -m tests.ledger.two_ranks RANK PORT FAULT
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+
+import torch
+
+from tests.ledger.test_plain import Network, loss_of
+from trainfix.ledger.audit import Audit
+from trainfix.ledger.consumers.plain import Plain
+
+
+def main() -> None:
+    rank, port, fault = sys.argv[1:]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(Network())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    audit = Audit(Plain(model, optimizer))
+    audit.listen()
+    for window in range(2):
+        steps = 3 + int(rank) if fault == "uneven" else 3
+        for number in range(steps):
+            # All but the last are summed on the rank alone, as accelerate does it.
+            alone = number < steps - 1 or fault == "never averaged"
+            with model.no_sync() if alone else contextlib.nullcontext():
+                (loss_of(model, 100 * int(rank) + 10 * window + number) / steps).backward()
+            if fault == "dropped on the second rank" and rank == "1" and number == 1:
+                for one in model.parameters():
+                    one.grad.zero_()
+        found = audit.judge()
+        optimizer.step()
+        optimizer.zero_grad()
+        if found is not None:
+            balance = found.balance
+            print(
+                json.dumps(
+                    {
+                        "verdict": balance.verdict,
+                        "scale": balance.scale,
+                        "coefficients": dict(zip(map(str, found.backwards), balance.coefficients, strict=True)),
+                        "apart": found.apart,
+                        "missing": found.missing,
+                    }
+                ),
+                flush=True,
+            )
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()

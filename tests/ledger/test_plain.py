@@ -37,7 +37,8 @@ def audited(windows=3, *, fault=None, clip=None, dtype=torch.float32, uneven=Fal
     torch.manual_seed(0)
     model = Network().to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    audit, findings = Audit(Plain(model, optimizer)), []
+    findings = []
+    audit = Audit(Plain(model, optimizer), findings.append)
     audit.listen()
     for window in range(windows):
         steps = STEPS - window % 2 if uneven else STEPS
@@ -48,7 +49,6 @@ def audited(windows=3, *, fault=None, clip=None, dtype=torch.float32, uneven=Fal
                 fault(model, window, number)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        findings.append(audit.judge())
         optimizer.step()
         if fault is None or not getattr(fault, "keeps", False):
             optimizer.zero_grad()
@@ -115,6 +115,9 @@ def test_a_parameter_that_loses_its_window_is_named():
 
 def test_a_step_without_a_backward_has_nothing_to_balance():
     model = Network()
-    audit = Audit(Plain(model, torch.optim.SGD(model.parameters(), lr=1.0)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    findings = []
+    audit = Audit(Plain(model, optimizer), findings.append)
     audit.listen()
-    assert audit.judge() is None
+    optimizer.step()
+    assert findings == []

@@ -13,8 +13,15 @@ import sys
 import torch
 
 from tests.ledger.test_plain import Network, loss_of
-from trainfix.ledger.audit import Audit
+from trainfix.ledger.audit import Audit, Finding
 from trainfix.ledger.consumers.plain import Plain
+
+
+def say(found: Finding) -> None:
+    balance = found.balance
+    coefficients = dict(zip(map(str, found.backwards), balance.coefficients, strict=True))
+    row = {"verdict": balance.verdict, "scale": balance.scale, "coefficients": coefficients, "apart": found.apart}
+    print(json.dumps({**row, "missing": found.missing}), flush=True)
 
 
 def main() -> None:
@@ -24,7 +31,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = torch.nn.parallel.DistributedDataParallel(Network())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    audit = Audit(Plain(model, optimizer))
+    audit = Audit(Plain(model, optimizer), say)
     audit.listen()
     for window in range(2):
         steps = 3 + int(rank) if fault == "uneven" else 3
@@ -36,23 +43,8 @@ def main() -> None:
             if fault == "dropped on the second rank" and rank == "1" and number == 1:
                 for one in model.parameters():
                     one.grad.zero_()
-        found = audit.judge()
         optimizer.step()
         optimizer.zero_grad()
-        if found is not None:
-            balance = found.balance
-            print(
-                json.dumps(
-                    {
-                        "verdict": balance.verdict,
-                        "scale": balance.scale,
-                        "coefficients": dict(zip(map(str, found.backwards), balance.coefficients, strict=True)),
-                        "apart": found.apart,
-                        "missing": found.missing,
-                    }
-                ),
-                flush=True,
-            )
     torch.distributed.barrier()
 
 

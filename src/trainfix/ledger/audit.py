@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from trainfix.ledger import exchange
 from trainfix.ledger.capture import Capture, stacked
@@ -20,7 +21,7 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torc
 
 @dataclass(frozen=True)
 class Finding:
-    """What a window's audit says. Of the contributions in `balance`, number k is backward `backwards[k]`: (rank, number).
+    """What a window's audit says. backwards: (rank, number) of each contribution in `balance`.
 
     outliers: name -> its own scale relative to the window's, the worst first. apart: the share of elements at which
     ranks that should hold the same gradient hold different ones. missing: ranks that did not report.
@@ -33,8 +34,8 @@ class Finding:
     missing: tuple[int, ...]
 
 
-class _Part(NamedTuple):
-    """What one rank saw: contributions [backwards, elements], the consumed gradient and which elements it holds."""
+class _Seen(NamedTuple):
+    """What one rank saw: contributions [backwards, elements], and what is consumed."""
 
     rows: torch.Tensor
     consumed: torch.Tensor
@@ -42,59 +43,68 @@ class _Part(NamedTuple):
 
 
 class Audit:
-    """One model and its optimizer on this rank. `listen` before a window's first backward, `judge` at its step."""
+    """Listens to one model on this rank, and judges each window as its optimizer's step begins.
 
-    def __init__(self, consumer: Consumer) -> None:
-        self._consumer = consumer
+    `judged` gets every finding; on the first rank only, and none for a window without a backward.
+    """
+
+    def __init__(self, consumer: Consumer, judged: Callable[[Finding], object]) -> None:
+        self._consumer, self._judged = consumer, judged
         self._sample = draw(consumer.sizes)
         self._capture = Capture(consumer.parameters, self._sample)
         self._earlier: torch.Tensor | None = None
         self._ranks = None if consumer.group is ALONE else exchange.of(consumer.group)
         self._windows = 0
+        self._handles: list[RemovableHandle] = []
         dtypes = {one.dtype for one in consumer.parameters.values()}
         self._rounding = max((_ROUNDING.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
 
     def listen(self) -> None:
+        """From the next backward on. To be called on every rank before the same one."""
         self._capture.attach()
+        self._handles = [one.register_step_pre_hook(self._stepping) for one in self._consumer.steppers]
 
-    def judge(self) -> Finding | None:
-        """What this window's gradient is made of. To be called on every rank when the optimizer's step begins.
+    def stop(self) -> None:
+        """Leave no hook behind, and forget the window before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._capture.detach()
+        self._capture.take()
+        self._earlier = None
 
-        None on all ranks but the first, and where no backward came since the last step.
-        """
+    def _stepping(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        part = self._consumer.read(optimizer, self._sample)
+        if part is None:
+            return
         rows, numbers = stacked(self._capture.take(), self._sample)
-        parts = self._together(_Part(rows, *self._consumer.consumed(self._sample)))
-        if parts is None:
-            return None
-        here = {rank: part for rank, part in parts.items() if part is not None}
-        backwards = tuple((rank, number) for rank, part in here.items() for number in range(len(part.rows)))
+        together = self._together(_Seen(rows, *part))
+        if together is None:
+            return
+        here = {rank: seen for rank, seen in together.items() if seen is not None}
+        backwards = tuple((rank, number) for rank, seen in here.items() for number in range(len(seen.rows)))
         if not backwards:
-            return None
-        rows = torch.cat([part.rows for part in here.values()])
+            return
+        rows = torch.cat([seen.rows for seen in here.values()])
         consumed, apart = _joined(list(here.values()))
         found = balance(rows, consumed, numbers, earlier=self._earlier, rounding=self._rounding)
         self._earlier = rows
         names = list(self._sample)
         outliers = {names[one.parameter]: one.scale for one in found.outliers}
-        return Finding(found, backwards, outliers, apart, tuple(rank for rank, part in parts.items() if part is None))
+        missing = tuple(rank for rank, seen in together.items() if seen is None)
+        self._judged(Finding(found, backwards, outliers, apart, missing))
 
-    def _together(self, mine: _Part) -> dict[int, _Part | None] | None:
+    def _together(self, mine: _Seen) -> dict[int, _Seen | None] | None:
         self._windows += 1
         if self._ranks is None:
             return {0: mine}
         found = exchange.gather(self._ranks, str(self._windows), mine._asdict())
         if found is None:
             return None
-        return {rank: None if part is None else _Part(**part) for rank, part in found.items()}
-
-    def stop(self) -> None:
-        """Leave no hook behind, and forget the window before."""
-        self._capture.detach()
-        self._capture.take()
-        self._earlier = None
+        return {rank: None if part is None else _Seen(**part) for rank, part in found.items()}
 
 
-def _joined(parts: Sequence[_Part]) -> tuple[torch.Tensor, float]:
+def _joined(parts: Sequence[_Seen]) -> tuple[torch.Tensor, float]:
     """The consumed gradient, each element from the first rank that holds it, and the share at which others differ."""
     joined, known = parts[0].consumed.clone(), parts[0].held.clone()
     apart = torch.zeros_like(known)

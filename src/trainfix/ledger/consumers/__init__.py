@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 ALONE = object()
+
+
+class Part(NamedTuple):
+    """The gradient at the sampled coordinates, parameter after parameter, and which of them this rank holds.
+
+    consumed: float64 [elements] on the host, zero where this rank holds none. held: bool [elements].
+    """
+
+    consumed: torch.Tensor
+    held: torch.Tensor
 
 
 class Consumer(Protocol):
@@ -27,9 +37,9 @@ class Consumer(Protocol):
     @property
     def group(self) -> object: ...
 
-    def consumed(self, sample: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradient at the sampled coordinates, parameter after parameter, and which of them this rank holds.
+    @property
+    def steppers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The torch optimizers whose `step` consumes the gradient."""
 
-        float64 [elements] on the host, zero where this rank holds none; bool [elements]. To be called when the
-        optimizer's step begins.
-        """
+    def read(self, optimizer: torch.optim.Optimizer, sample: Mapping[str, torch.Tensor]) -> Part | None:
+        """What `optimizer`, one of the steppers, is about to consume; None while more calls of the window follow."""

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 
 import torch
 
-from trainfix.ledger.consumers import ALONE
+from trainfix.ledger.consumers import ALONE, Part
 
 
 class Plain:
     """Consumes `parameter.grad`."""
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
         stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
         named = model.named_parameters()  # a tied weight once, by its first name
         self._parameters = {name: one for name, one in named if one.requires_grad and id(one) in stepped}
@@ -33,7 +34,11 @@ class Plain:
     def group(self) -> object:
         return self._group
 
-    def consumed(self, sample: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def steppers(self) -> tuple[torch.optim.Optimizer, ...]:
+        return (self._optimizer,)
+
+    def read(self, optimizer: torch.optim.Optimizer, sample: Mapping[str, torch.Tensor]) -> Part | None:
         parts = [torch.zeros(0, dtype=torch.float64)]
         for name, places in sample.items():
             gradient = self._parameters[name].grad
@@ -43,4 +48,4 @@ class Plain:
                 flat = gradient.detach().reshape(-1)
                 parts.append(flat.index_select(0, places.to(flat.device)).to("cpu", torch.float64))
         found = torch.cat(parts)
-        return found, torch.ones(len(found), dtype=torch.bool)
+        return Part(found, torch.ones(len(found), dtype=torch.bool))

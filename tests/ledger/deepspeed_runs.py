@@ -1,0 +1,41 @@
+"""The child's program: a run of tests.support.experiment with the ledger listening; its findings beside the windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from tests.support import experiment
+from tests.support.experiment import Configuration, Trial
+
+
+def perform(deepspeed: ModuleType, values: Mapping[str, Any], result: dict[str, Any]) -> None:
+    from trainfix.ledger.audit import Audit, Finding
+    from trainfix.ledger.consumers.deepspeed import DeepSpeed
+
+    def note(found: Finding) -> None:
+        result["findings"].append(
+            {
+                "verdict": found.balance.verdict,
+                "scale": found.balance.scale,
+                "coefficients": found.balance.coefficients,
+                "earlier": found.balance.earlier,
+                "residual": found.balance.residual,
+                "outliers": found.outliers,
+                "backwards": found.backwards,
+                "apart": found.apart,
+            }
+        )
+
+    trial = Trial(deepspeed, Configuration(**values))
+    result["findings"] = []
+    audit = Audit(DeepSpeed(trial.engine), note)
+    audit.listen()
+    result["windows"].extend(trial.window() for _ in range(trial.configuration.windows))
+    audit.stop()
+    result["parameters"] = trial.parameters()
+
+
+if __name__ == "__main__":
+    experiment.main(perform)

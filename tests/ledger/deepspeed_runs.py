@@ -24,6 +24,7 @@ def perform(deepspeed: ModuleType, values: Mapping[str, Any], result: dict[str, 
                 "residual": found.balance.residual,
                 "outliers": found.outliers,
                 "backwards": found.backwards,
+                "of_ranks": {rank: one.coefficients for rank, one in found.of_ranks.items()},
                 "apart": found.apart,
             }
         )

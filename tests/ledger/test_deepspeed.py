@@ -34,7 +34,12 @@ HEALTHY = {
     "checkpointing": {"checkpointing": "reentrant"},
     "a tied weight": {"tied": True},
 }
-TWO_RANKS = {"stage 2, offload": {"ga": 3}, "stage 3, bf16": {"ga": 3, "stage": 3, "dtype": "bf16"}}
+_FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+TWO_RANKS = {
+    "stage 2, offload": {"ga": 3},
+    "stage 3, bf16": {"ga": 3, "stage": 3, "dtype": "bf16"},
+    "TF-0006": {"ga": 3, "stage": 1, "dtype": "bf16", "extra": _FP32_SUMS},
+}
 
 
 @cache
@@ -103,6 +108,14 @@ def test_two_ranks_repaired_balance_and_both_ranks_micro_batches_are_seen():
         for found in findings:
             assert (found["verdict"], len(found["backwards"])) == ("balanced", 6)
             assert found["scale"] == pytest.approx(0.5, rel=0.01)
+
+
+def test_ranks_that_are_never_averaged_are_named_each_with_its_own_micro_batches():
+    for found in run("0.18.9", False, 2)["TF-0006"]:
+        assert found["verdict"] == "unbalanced"
+        own = {rank: [1, 1, 1, 0, 0, 0] if rank == "0" else [0, 0, 0, 1, 1, 1] for rank in found["of_ranks"]}
+        assert set(own) == {"0", "1"}
+        assert all(own[rank] == pytest.approx(found["of_ranks"][rank], abs=0.02) for rank in own)
 
 
 def test_two_ranks_unrepaired_lose_the_middle_one_on_each():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,17 +18,21 @@ from trainfix.measure.balance import Balance, balance
 # What sums in the parameters' dtype may be off by, relative to the size of what is added up.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
+_UNEXPLAINED = 0.05
+
 
 @dataclass(frozen=True)
 class Finding:
     """What a window's audit says. backwards: (rank, number) of each contribution in `balance`.
 
+    of_ranks: rank -> the balance of what is consumed there alone, where one mixture does not explain it all.
     outliers: name -> its own scale relative to the window's, the worst first. apart: the share of elements at which
     ranks that should hold the same gradient hold different ones. missing: ranks that did not report.
     """
 
     balance: Balance
     backwards: tuple[tuple[int, int], ...]
+    of_ranks: Mapping[int, Balance]
     outliers: Mapping[str, float]
     apart: float
     missing: tuple[int, ...]
@@ -86,13 +90,22 @@ class Audit:
         if not backwards:
             return
         rows = torch.cat([seen.rows for seen in here.values()])
-        consumed, apart = _joined(list(here.values()))
-        found = balance(rows, consumed, numbers, earlier=self._earlier, rounding=self._rounding)
-        self._earlier = rows
+        consumed, owner, apart = _joined(here)
+        earlier, self._earlier = self._earlier, rows
+
+        def balanced(where: torch.Tensor) -> Balance:
+            before = None if earlier is None else earlier[:, where]
+            return balance(rows[:, where], consumed[where], numbers[where], earlier=before, rounding=self._rounding)
+
+        found = balanced(torch.ones_like(owner, dtype=torch.bool))
+        unexplained = found.residual > _UNEXPLAINED and len(here) > 1
+        of_ranks = (
+            {rank: balanced(owner == rank) for rank in here if bool((owner == rank).any())} if unexplained else {}
+        )
         names = list(self._sample)
         outliers = {names[one.parameter]: one.scale for one in found.outliers}
         missing = tuple(rank for rank, seen in together.items() if seen is None)
-        self._judged(Finding(found, backwards, outliers, apart, missing))
+        self._judged(Finding(found, backwards, of_ranks, outliers, apart, missing))
 
     def _together(self, mine: _Seen) -> dict[int, _Seen | None] | None:
         self._windows += 1
@@ -104,12 +117,15 @@ class Audit:
         return {rank: None if part is None else _Seen(**part) for rank, part in found.items()}
 
 
-def _joined(parts: Sequence[_Seen]) -> tuple[torch.Tensor, float]:
-    """The consumed gradient, each element from the first rank that holds it, and the share at which others differ."""
-    joined, known = parts[0].consumed.clone(), parts[0].held.clone()
-    apart = torch.zeros_like(known)
-    for part in parts[1:]:
+def _joined(seen: Mapping[int, _Seen]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The consumed gradient, each element from the first rank that holds it; that rank, -1 for none; and the share at
+    which other ranks hold something else."""
+    first = next(iter(seen.values()))
+    joined, owner = first.consumed.clone(), torch.full(first.held.shape, -1)
+    apart = torch.zeros_like(first.held)
+    for rank, part in seen.items():
+        known = owner >= 0
         apart |= known & part.held & (joined != part.consumed)
-        joined = torch.where(~known & part.held, part.consumed, joined)
-        known |= part.held
-    return joined, float(apart.double().mean())
+        new = ~known & part.held
+        joined, owner = torch.where(new, part.consumed, joined), torch.where(new, rank, owner)
+    return joined, owner, float(apart.double().mean())

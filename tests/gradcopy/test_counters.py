@@ -117,8 +117,7 @@ def test_the_table_says_what_was_counted():
 
 def test_the_readme_shows_the_saved_table():
     shown = counters.BLOCK.search(counters.README.read_text(encoding="utf-8"))
-    if shown is None:
-        pytest.skip("the README has no counters markers")
+    assert shown is not None
     assert shown.group() == f"{counters.table(ROWS, counters.SHOWN)}\n{counters.caption(ROWS)}"
 
 

@@ -10,13 +10,21 @@ import os
 import sys
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 TIMEOUT_SECONDS = 60.0
 _POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.01, 0.5
 _READ_SECONDS = 2.0
 _NAMED = 8  # a message for a thousand ranks need not name them all
 _agreed: set[tuple[str, int, tuple[int, ...]]] = set()
+
+
+class Ranks(NamedTuple):
+    """The ranks of a process group, which of them this is, and the store that they share."""
+
+    store: Any
+    ranks: tuple[int, ...]
+    own: int
 
 
 def disagreement(name: str, digest: str, group: Any, timeout: float | None = None) -> str | None:
@@ -26,7 +34,7 @@ def disagreement(name: str, digest: str, group: Any, timeout: float | None = Non
     missing or different. Waits at most `timeout` seconds (default TIMEOUT_SECONDS). A group agrees once per fix,
     under the restart count.
     """
-    joined = _join(group)
+    joined = join(group)
     if joined is None:
         return None
     store, ranks, own = joined
@@ -55,7 +63,8 @@ def disagreement(name: str, digest: str, group: Any, timeout: float | None = Non
     return f"rank {own} runs {digest}, but " + "; ".join(complaints)
 
 
-def _join(group: Any) -> tuple[Any, tuple[int, ...], int] | None:
+def join(group: Any) -> Ranks | None:
+    """The ranks of `group` (None is all) and their store; None where this rank is alone: no group, or no store."""
     dist: Any = sys.modules.get("torch.distributed")  # nobody has a group before it is imported
     if dist is None or not dist.is_available() or not dist.is_initialized():
         return None
@@ -67,7 +76,7 @@ def _join(group: Any) -> tuple[Any, tuple[int, ...], int] | None:
         store = dist.distributed_c10d._get_default_store()
     except (AttributeError, ValueError, RuntimeError):
         return None
-    return None if store is None else (store, ranks, own)  # MPI has none
+    return None if store is None else Ranks(store, ranks, own)  # MPI has none
 
 
 def _exchange(

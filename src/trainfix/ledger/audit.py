@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from trainfix.engine import agreement
 from trainfix.ledger import exchange
 from trainfix.ledger.capture import Capture, stacked
 from trainfix.ledger.consumers import ALONE, Consumer
@@ -57,7 +58,7 @@ class Audit:
         self._sample = draw(consumer.sizes)
         self._capture = Capture(consumer.parameters, self._sample)
         self._earlier: torch.Tensor | None = None
-        self._ranks = None if consumer.group is ALONE else exchange.of(consumer.group)
+        self._ranks = None if consumer.group is ALONE else agreement.join(consumer.group)
         self._windows = 0
         self._handles: list[RemovableHandle] = []
         dtypes = {one.dtype for one in consumer.parameters.values()}

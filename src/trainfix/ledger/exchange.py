@@ -7,43 +7,15 @@ from __future__ import annotations
 
 import io
 import os
-import sys
 import time
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import torch
 
+from trainfix.engine.agreement import Ranks
+
 TIMEOUT_SECONDS = 60.0
 _POLL_SECONDS = 0.05
-
-
-class Ranks(NamedTuple):
-    """The ranks of a process group, and the store that they share."""
-
-    store: Any
-    ranks: tuple[int, ...]
-    own: int
-
-    @property
-    def first(self) -> bool:
-        return self.own == self.ranks[0]
-
-
-def of(group: Any) -> Ranks | None:
-    """None where there is no group, one rank or no store: this rank is alone."""
-    dist: Any = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized():
-        return None
-    ranks = tuple(dist.get_process_group_ranks(dist.group.WORLD if group is None else group))
-    own = dist.get_rank()
-    if len(ranks) < 2 or own not in ranks:
-        return None
-    try:
-        store = dist.distributed_c10d._get_default_store()
-    except (AttributeError, ValueError, RuntimeError):
-        return None
-    return None if store is None else Ranks(store, ranks, own)
 
 
 def gather(
@@ -53,7 +25,7 @@ def gather(
     not come within `timeout` seconds. On the others None, at once: they do not wait.
     """
     prefix = f"trainfix/ledger/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{ranks.ranks[0]}/{name}"
-    if not ranks.first:
+    if ranks.own != ranks.ranks[0]:
         packed = io.BytesIO()
         torch.save(dict(mine), packed)
         ranks.store.set(f"{prefix}/{ranks.own}", packed.getvalue())

@@ -70,6 +70,8 @@ class Fix:
     in_window: the objects that are in the middle of a window right now.
     own: what of the user's own an object uses in place of what the fix knows ("own loss: module.qualname"), or None;
     such an object is left alone, which is said once.
+    acted: whether the repair has changed anything of an object so far, where the object does not show by itself that it
+    would (an error of single calls); a checkpoint's stamp goes by it. None: `repairs` shows it.
     notes: what `trainfix.status()` says besides, of the objects that are repaired right now.
     limits: what the repair does not cover, in one sentence. leaves_alone: config keys that show such a run -> why.
     """
@@ -86,6 +88,7 @@ class Fix:
     group: Callable[[Any], Any]
     in_window: Callable[[], Iterable[object]] = field(default=tuple)
     own: Callable[[Any], str | None] = _nothing_of_the_users
+    acted: Callable[[Any], bool] | None = None
     notes: Callable[[], Iterable[str]] = field(default=tuple)
     limits: str = ""
     leaves_alone: Mapping[str, str] = field(default_factory=dict)

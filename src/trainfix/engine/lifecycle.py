@@ -222,7 +222,7 @@ def _looked_after(parts: Sequence[Any]) -> set[str]:
         repair.fix
         for repair in list(register.repairs.values())
         if any(
-            guards.is_built_at(guard, part) and repair.fix.repairs(part)
+            guards.is_built_at(guard, part) and (repair.fix.acted or repair.fix.repairs)(part)
             for part in parts
             for guard in repair.fix.guards
         )

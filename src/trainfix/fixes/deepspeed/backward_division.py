@@ -47,6 +47,7 @@ class _Output:
 _outputs: WeakSet[_Output] = WeakSet()
 _windows: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # engine in mid-window -> whether we repair that window
 _not_dividing: WeakSet[Any] = WeakSet()  # engines whose hooks are off right now
+_mended: WeakSet[Any] = WeakSet()  # engines of which they ever were
 
 
 def _in_window() -> Iterator[Any]:
@@ -115,6 +116,7 @@ def build(originals: Mapping[str, Function], advisories: frozenset[str]) -> Mapp
                 off = {self, *(output.engine() for output in list(_outputs))} - {None}
                 loss = loss / steps
         _not_dividing.update(off)
+        _mended.update(off)
         try:
             result = backward(self, loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
             return loss if off else result  # which DeepSpeed has divided once more
@@ -203,4 +205,5 @@ FIX = Fix(
     repairs=_repairs,
     group=lambda engine: engine.seq_data_parallel_group,
     in_window=_in_window,
+    acted=_mended.__contains__,
 )

@@ -1,9 +1,9 @@
 """Save and load checkpoints with real releases, in one child process: the child's side of test_stamp.
 
 With tests.support.experiment each entry of the list is one run: {"configuration": ..., "do": [["save", FOLDER, TAG],
-["load", FOLDER, TAG], ["revert", ID]]}, with DeepSpeed's engine or, where "accelerate" is true, with an Accelerator
-around it. With tests.support.trainer_runs, `prepare` lets a Trainer go on from its arguments' resume_from_checkpoint,
-and `prepare_bare` takes the stamps out of that first.
+["load", FOLDER, TAG], ["revert", ID]]}, with DeepSpeed's engine, its loss put together as "call" says where that is
+given, or, where "accelerate" is true, with an Accelerator around it. With tests.support.trainer_runs, `prepare` lets a
+Trainer go on from its arguments' resume_from_checkpoint, and `prepare_bare` takes the stamps out of that first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests.fixes.deepspeed.scenarios import Composed
 from tests.support import experiment
 
 
@@ -43,7 +44,9 @@ def perform(deepspeed: ModuleType, values: Mapping[str, Any], result: dict[str, 
     if values.get("accelerate"):
         saver = _accelerator(deepspeed)
     else:
-        trial = experiment.Trial(deepspeed, experiment.Configuration(**values.get("configuration", {})))
+        configuration = experiment.Configuration(**values.get("configuration", {}))
+        call = values.get("call")
+        trial = Composed(deepspeed, configuration, call) if call else experiment.Trial(deepspeed, configuration)
         trial.window()
         saver = trial.engine
     for action, *arguments in values["do"]:

@@ -370,7 +370,12 @@ def _deepspeed_runs(folder: Path) -> dict[str, Any]:
         actions(folder, ("load", "plain"), configuration=without_zero),
         {"do": [["revert"], ["save", str(folder / "reverted")]]},
     )
+    calls = ("two heads", "loss and logits")
+    composed = {"configuration": {**without_zero, "ga": 3}}
+    run(*(actions(folder, ("save", call), call=call, **composed) for call in calls), trainfix=False)
+    heads, logits = run(*(actions(folder, ("load", call), call=call, **composed) for call in calls))
     runs = {"bare": bare, "off": off, "two": two, "silent": silent, "warned": warned}
+    runs |= {"heads": heads, "logits": logits}
     return {"folder": str(folder), **runs, "other": other, "reverted": reverted}
 
 
@@ -418,6 +423,14 @@ def test_deepspeed_that_goes_on_from_an_unrepaired_one_warns_and_remembers(deeps
 @pytest.mark.slow
 def test_deepspeed_with_an_optimizer_that_no_repair_looks_after_says_nothing(deepspeed: Callable[[str], Any]) -> None:
     assert [line for line in deepspeed("other")["said"] if "so far" in line] == []
+
+
+@pytest.mark.slow
+def test_an_error_of_single_calls_is_told_only_where_such_a_call_was_mended(deepspeed: Callable[[str], Any]) -> None:
+    """TF-0032: DeepSpeed itself divides the loss of two heads once, and one returned with its logits twice."""
+    assert [line for line in deepspeed("heads")["said"] if "so far" in line] == []
+    (words,) = [line for line in deepspeed("logits")["said"] if "so far" in line]
+    assert "It goes on with TF-0032" in words
 
 
 # --- real releases: what the table of places assumes ------------------------------------------------------------------

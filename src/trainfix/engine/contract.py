@@ -71,7 +71,7 @@ class Fix:
     own: what of the user's own an object uses in place of what the fix knows ("own loss: module.qualname"), or None;
     such an object is left alone, which is said once.
     acted: whether the repair has changed anything of an object so far, where the object does not show by itself that it
-    would (an error of single calls); a checkpoint's stamp goes by it. None: `repairs` shows it.
+    would (an error of single calls); what is said of a resumed run goes by it. None: `repairs` shows it.
     notes: what `trainfix.status()` says besides, of the objects that are repaired right now.
     limits: what the repair does not cover, in one sentence. leaves_alone: config keys that show such a run -> why.
     """

@@ -68,5 +68,5 @@ print(json.dumps([early, public, words]))
 """
     early, public, words = bare(script)
     assert early == ["json.decoder"]
-    assert public == ["UnfixedBugError", "__version__", "apply", "revert", "status"]
+    assert public == ["UnbalancedError", "UnfixedBugError", "__version__", "apply", "ledger", "revert", "status"]
     assert words.startswith("module 'trainfix' has no attribute 'aply'; it has UnfixedBugError, __version__, apply")

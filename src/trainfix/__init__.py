@@ -1,6 +1,7 @@
 """trainfix repairs silent training errors in the installed stack: put ``import trainfix`` into the training script.
 
-Where the import stands does not matter. Public names: `status`, `apply`, `revert`, `UnfixedBugError`, `__version__`.
+Where the import stands does not matter. Public names: `status`, `apply`, `revert`, `ledger`, `UnfixedBugError`,
+`UnbalancedError`, `__version__`.
 """
 
 from __future__ import annotations
@@ -10,26 +11,30 @@ import sys
 from trainfix.engine.finder import activate
 
 __version__ = "0.1.0"
-__all__ = ["UnfixedBugError", "__version__", "apply", "revert", "status"]
+__all__ = ["UnbalancedError", "UnfixedBugError", "__version__", "apply", "ledger", "revert", "status"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from trainfix.engine.errors import UnfixedBugError
+    from trainfix.engine.errors import UnbalancedError, UnfixedBugError
     from trainfix.engine.lifecycle import apply, revert, status
+    from trainfix.ledger.session import ledger
 
 _PUBLIC = {
     "status": "trainfix.engine.lifecycle",
     "apply": "trainfix.engine.lifecycle",
     "revert": "trainfix.engine.lifecycle",
     "UnfixedBugError": "trainfix.engine.errors",
+    "UnbalancedError": "trainfix.engine.errors",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _PUBLIC:
+    if name not in __all__:
         raise AttributeError(f"module 'trainfix' has no attribute {name!r}; it has {', '.join(__all__)}")
     from importlib import import_module
 
+    if name == "ledger":  # the package can be called
+        return import_module("trainfix.ledger")
     return getattr(import_module(_PUBLIC[name]), name)
 
 

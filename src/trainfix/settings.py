@@ -33,11 +33,13 @@ MODES = ("on", "off", "warn", "strict")
 GRADCOPY = ("auto", "resident", "ring", "host-add", "torch")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+ACTIONS = ("warn", "stop")
 VARIABLES = (
     "TRAINFIX",
     "TRAINFIX_DISABLE",
     "TRAINFIX_GRADCOPY",
     "TRAINFIX_GRADCOPY_BUDGET",
+    "TRAINFIX_LEDGER",
     "TRAINFIX_OVERLAP",
     "TRAINFIX_QUIET",
     "TRAINFIX_STAMP",
@@ -48,17 +50,34 @@ class SettingsError(ValueError):
     """A TRAINFIX variable has a value that means nothing. The message lists the valid ones."""
 
 
+class Ledger:
+    """Which windows the ledger audits, what it does about one that does not balance, and where its records go.
+
+    first: the first windows; every: and two in a row at every so many, 0 for none; action: warn or stop; out: a folder,
+    None for no records.
+    """
+
+    __slots__ = ("action", "every", "first", "out")
+
+    def __init__(self, *, first: int = 2, every: int = 0, action: str = "warn", out: str | None = None) -> None:
+        self.first, self.every, self.action, self.out = first, every, action, out
+
+    def __repr__(self) -> str:
+        return f"Ledger(first={self.first}, every={self.every}, action={self.action!r}, out={self.out!r})"
+
+
 class Settings:
     """What the environment asks for. `disabled` holds advisory ids; `gradcopy` is the tier that carries offloaded
     gradients, with `gradcopy_budget` bytes on the device (None: what is free), `overlap`: beside the backward pass;
-    `quiet` silences the summary lines only; `stamp`: checkpoints of repaired runs say so; `unknown` holds TRAINFIX_*
-    variables that do not exist."""
+    `ledger`: what it audits, None for nothing; `quiet` silences the summary lines only; `stamp`: checkpoints of
+    repaired runs say so; `unknown` holds TRAINFIX_* variables that do not exist."""
 
-    __slots__ = ("disabled", "gradcopy", "gradcopy_budget", "mode", "overlap", "quiet", "stamp", "unknown")
+    __slots__ = ("disabled", "gradcopy", "gradcopy_budget", "ledger", "mode", "overlap", "quiet", "stamp", "unknown")
     mode: str
     disabled: frozenset[str]
     gradcopy: str
     gradcopy_budget: int | None
+    ledger: Ledger | None
     overlap: bool
     quiet: bool
     stamp: bool
@@ -71,12 +90,13 @@ class Settings:
         disabled: frozenset[str] = frozenset(),
         gradcopy: str = "auto",
         gradcopy_budget: int | None = None,
+        ledger: Ledger | None = None,
         overlap: bool = True,
         quiet: bool = False,
         stamp: bool = True,
         unknown: tuple[str, ...] = (),
     ) -> None:
-        values = (disabled, gradcopy, gradcopy_budget, mode, overlap, quiet, stamp, unknown)
+        values = (disabled, gradcopy, gradcopy_budget, ledger, mode, overlap, quiet, stamp, unknown)
         for name, value in zip(self.__slots__, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -104,6 +124,7 @@ def read(environ: Mapping[str, str] | None = None) -> Settings:
         disabled=frozenset(asked),
         gradcopy=gradcopy,
         gradcopy_budget=_bytes(environ, "TRAINFIX_GRADCOPY_BUDGET"),
+        ledger=_ledger(environ),
         overlap=_flag(environ, "TRAINFIX_OVERLAP", "1"),
         quiet=_flag(environ, "TRAINFIX_QUIET", "0"),
         stamp=_flag(environ, "TRAINFIX_STAMP", "1"),
@@ -123,6 +144,28 @@ def _flag(environ: Mapping[str, str], variable: str, default: str) -> bool:
     if value not in ("0", "1"):
         raise SettingsError(f"{variable}={value!r} means nothing; valid: 0, 1")
     return value == "1"
+
+
+def _ledger(environ: Mapping[str, str]) -> Ledger | None:
+    """``first:2,every:500,action=warn,out=DIR``, any of them, in any order but `out`, which goes on to the end."""
+    value = environ.get("TRAINFIX_LEDGER", "").strip()
+    if value in ("", "0"):
+        return None
+    rest, _, out = ("," + value).replace(",out:", ",out=").partition(",out=")
+    found: dict[str, str] = {}
+    for part in rest.split(","):
+        if part.strip() and part.strip() != "1":
+            key, _, word = part.strip().replace("=", ":", 1).partition(":")
+            found[key.strip()] = word.strip()
+    counts = {key: int(found.pop(key)) for key in ("first", "every") if found.get(key, "").isdecimal()}
+    action = found.pop("action", "warn")
+    if found or action not in ACTIONS or not any({"first": 2, **counts}.values()):
+        wrong = next(iter(found), "action" if action not in ACTIONS else "first")
+        raise SettingsError(
+            f"TRAINFIX_LEDGER={value!r} means nothing at {wrong!r}; valid: 1, or any of first:WINDOWS, every:WINDOWS, "
+            "action=warn|stop, out=FOLDER, with commas between, out last: first:2,every:500,action=warn,out=ledger"
+        )
+    return Ledger(**counts, action=action, out=out.strip() or None)
 
 
 def _bytes(environ: Mapping[str, str], variable: str) -> int | None:

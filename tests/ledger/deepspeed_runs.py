@@ -11,8 +11,8 @@ from tests.support.experiment import Configuration, Trial
 
 
 def perform(deepspeed: ModuleType, values: Mapping[str, Any], result: dict[str, Any]) -> None:
-    from trainfix.ledger.audit import Audit, Finding
-    from trainfix.ledger.consumers.deepspeed import DeepSpeed
+    from tests.ledger.test_plain import listen
+    from trainfix.ledger.audit import Finding
 
     def note(found: Finding) -> None:
         result["findings"].append(
@@ -31,10 +31,10 @@ def perform(deepspeed: ModuleType, values: Mapping[str, Any], result: dict[str, 
 
     trial = Trial(deepspeed, Configuration(**values))
     result["findings"] = []
-    audit = Audit(DeepSpeed(trial.engine), note)
-    audit.listen()
+    zero = trial.engine.optimizer
+    book = listen(trial.engine, getattr(zero, "optimizer", zero), note)
     result["windows"].extend(trial.window() for _ in range(trial.configuration.windows))
-    audit.stop()
+    book.close()
     result["parameters"] = trial.parameters()
 
 

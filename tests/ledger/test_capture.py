@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from trainfix.ledger.capture import Capture, stacked
+from trainfix.ledger.capture import Capture, Leaf, finite, stacked
 from trainfix.ledger.sample import LEAST, TOTAL, draw
 
 
@@ -32,7 +32,13 @@ class Network(torch.nn.Module):
 def watched(model):
     parameters = dict(model.named_parameters())
     sample = draw({name: parameter.numel() for name, parameter in parameters.items()})
-    return Capture(parameters, sample), sample, parameters
+    capture = Capture(failed)
+    capture.watch({name: Leaf(one) for name, one in parameters.items() if one.requires_grad}, sample)
+    return capture, sample, parameters
+
+
+def failed(error):
+    raise error
 
 
 def batches(count=3):
@@ -58,7 +64,8 @@ def test_every_backwards_own_contribution_is_seen_before_it_is_accumulated(reent
                 if one.grad is not None
             }
         )
-    rows, numbers = stacked(capture.take(), sample)
+    rows = stacked(capture.since(0), sample)
+    numbers = torch.arange(len(sample)).repeat_interleave(torch.tensor([len(one) for one in sample.values()]))
     assert rows.shape == (3, sum(map(len, sample.values())))
     for row, own in zip(rows, alone, strict=True):
         for number, (name, places) in enumerate(sample.items()):
@@ -80,7 +87,7 @@ def test_training_is_the_same_to_the_bit_with_and_without_it():
                 model(batch, branch=True).backward()
             optimizer.step()
             optimizer.zero_grad()
-            capture.take()
+            capture.forget(capture.count)
         ends.append(torch.cat([one.detach().reshape(-1) for one in model.parameters()]))
     assert torch.equal(*ends)
 
@@ -89,10 +96,10 @@ def test_nothing_is_left_behind_when_it_is_taken_off():
     model = Network()
     capture, _, parameters = watched(model)
     capture.attach()
-    capture.detach()
+    capture.clear()
     assert not any(one._backward_hooks for one in parameters.values())
     model(batches()[0]).backward()
-    assert capture.take() == []
+    assert capture.count == 0
 
 
 def test_a_backward_that_fails_does_not_swallow_the_next_one():
@@ -103,9 +110,46 @@ def test_a_backward_that_fails_does_not_swallow_the_next_one():
     with pytest.raises(ZeroDivisionError):
         model(batches()[0], branch=True).backward()
     trouble.remove()
-    capture.take()
+    capture.forget(capture.count)
     model(batches()[1]).backward()
-    assert len(capture.take()) == 1
+    assert len(capture.since(1)) == 1
+
+
+def test_a_gradient_that_is_not_finite_anywhere_shows_although_it_is_not_in_the_sample():
+    model = torch.nn.Linear(1000, 100)
+    capture, sample, _ = watched(model)
+    capture.attach()
+    unseen = (set(range(100_000)) - set(sample["weight"].tolist())).pop()
+    inputs = torch.ones(1, 1000)
+    for fault in (False, True):
+        if fault:
+            inputs[0, unseen % 1000] = float("inf")
+        out = torch.nn.functional.linear(inputs, model.weight.clone(), model.bias)
+        out[0, unseen // 1000].backward()
+    assert finite(capture.since(0)) == [True, False]
+
+
+def test_an_error_of_ours_does_not_reach_the_training():
+    model, errors = Network(), []
+    capture = Capture(errors.append)
+    capture.watch({"first.weight": Leaf(model.first.weight)}, {"first.weight": torch.tensor([10**9])})
+    capture.attach()
+    model(batches()[0]).backward()
+    assert model.first.weight.grad is not None
+    assert [type(error) for error in errors] == [IndexError]
+
+
+def test_what_a_long_window_brings_is_kept_up_to_a_limit(monkeypatch):
+    model = Network()
+    capture, sample, _ = watched(model)
+    capture.attach()
+    monkeypatch.setattr("trainfix.ledger.capture.LARGEST", 3 * 4 * sum(map(len, sample.values())))
+    for number in range(10):
+        model(batches()[number % 3], branch=True).backward()
+    assert capture.full
+    assert sum(bool(row.samples) for row in capture.since(0)) < 5
+    capture.forget(capture.count)
+    assert not capture.full
 
 
 def test_a_few_coordinates_of_every_parameter_and_a_few_thousand_of_all():

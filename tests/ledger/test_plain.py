@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainfix.ledger.audit import Audit
-from trainfix.ledger.consumers.plain import Plain
+from trainfix.ledger.book import Book
 
 STEPS = 4
 
@@ -25,6 +24,18 @@ class Network(torch.nn.Module):
         return self.head(hidden + (self.branch(hidden) if branch else 0))
 
 
+def listen(model, optimizer, judged):
+    """A book of this model that is closed by this optimizer's steps."""
+    book = Book(judged, pytest.fail)
+    book.add(model)
+
+    def stepping(one, *_):
+        book.step(one)
+
+    optimizer.register_step_pre_hook(stepping)
+    return book
+
+
 def loss_of(model, number, **uses):
     generator = torch.Generator().manual_seed(number)
     words = torch.randint(50, (3, 9), generator=generator)
@@ -39,8 +50,7 @@ def audited(windows=3, *, fault=None, clip=None, dtype=torch.float32, uneven=Fal
     model = Network().to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     findings = []
-    audit = Audit(Plain(model, optimizer), findings.append)
-    audit.listen()
+    listen(model, optimizer, findings.append)
     for window in range(windows):
         steps = STEPS - window % 2 if uneven else STEPS
         for number in range(steps):
@@ -53,7 +63,6 @@ def audited(windows=3, *, fault=None, clip=None, dtype=torch.float32, uneven=Fal
         optimizer.step()
         if fault is None or not getattr(fault, "keeps", False):
             optimizer.zero_grad()
-    audit.stop()
     return findings
 
 
@@ -118,7 +127,6 @@ def test_a_step_without_a_backward_has_nothing_to_balance():
     model = Network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     findings = []
-    audit = Audit(Plain(model, optimizer), findings.append)
-    audit.listen()
+    listen(model, optimizer, findings.append)
     optimizer.step()
     assert findings == []

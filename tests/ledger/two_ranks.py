@@ -12,9 +12,8 @@ import sys
 
 import torch
 
-from tests.ledger.test_plain import Network, loss_of
-from trainfix.ledger.audit import Audit, Finding
-from trainfix.ledger.consumers.plain import Plain
+from tests.ledger.test_plain import Network, listen, loss_of
+from trainfix.ledger.audit import Finding
 
 
 def say(found: Finding) -> None:
@@ -31,8 +30,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = torch.nn.parallel.DistributedDataParallel(Network())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    audit = Audit(Plain(model, optimizer), say)
-    audit.listen()
+    listen(model, optimizer, say)
     for window in range(2):
         steps = 3 + int(rank) if fault == "uneven" else 3
         for number in range(steps):

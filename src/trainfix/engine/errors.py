@@ -14,4 +14,9 @@ class UnfixedBugError(RuntimeError):
         self.advisory = advisory
 
 
+class UnbalancedError(RuntimeError):
+    """The ledger was asked to stop a run that does not balance (TRAINFIX_LEDGER=action=stop), and this one does not."""
+
+
+UnbalancedError.__module__ = "trainfix"
 UnfixedBugError.__module__ = "trainfix"  # where users find it

@@ -72,6 +72,10 @@ def imported(name: str) -> None:
         import trainfix  # noqa: F401
 
         if name == PLUGINS_AT:
+            _with_torch()
+        if current.mode == "off":
+            return
+        if name == PLUGINS_AT:
             from trainfix.engine import plugins
 
             return plugins.scan()
@@ -81,6 +85,14 @@ def imported(name: str) -> None:
         sys.stderr.write(f"trainfix: nothing is repaired in {name}: {error}; {next_step}\n")
         return
     lifecycle.on_import(name)
+
+
+def _with_torch() -> None:
+    """The ledger, where one is asked for, begins before anything is trained."""
+    if current.ledger is not None:
+        from importlib import import_module
+
+        import_module("trainfix.ledger.watch").start(current.ledger)
 
 
 def activate() -> None:
@@ -93,7 +105,7 @@ def activate() -> None:
         from trainfix.engine.report import warn_unknown_variable
 
         warn_unknown_variable(variable)
-    if current.mode != "off":
+    if current.mode != "off" or current.ledger is not None:
         arm()
 
 
@@ -101,7 +113,10 @@ def switch_on() -> None:
     """``trainfix.apply`` was called: it wins over TRAINFIX=off."""
     global current
     if current.mode == "off":
-        current = settings.Settings(disabled=current.disabled, quiet=current.quiet, stamp=current.stamp)
+        kept = {name: getattr(current, name) for name in current.__slots__ if name != "mode"}
+        current = settings.Settings(**kept)
+        if _armed():  # for the ledger
+            catch_up((PLUGINS_AT, *TARGETS))
     arm()
 
 

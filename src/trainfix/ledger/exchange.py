@@ -41,3 +41,17 @@ def gather(
             found[rank] = torch.load(io.BytesIO(ranks.store.get(key)), weights_only=True)
             ranks.store.delete_key(key)
     return found
+
+
+def share(ranks: Ranks | None, name: str, text: str, timeout: float = TIMEOUT_SECONDS) -> str:
+    """What the first rank says under `name`, on every rank; "" on one that waits for it longer than `timeout`."""
+    if ranks is None:
+        return text
+    key = f"trainfix/ledger/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{ranks.ranks[0]}/said/{name}"
+    if ranks.own == ranks.ranks[0]:
+        ranks.store.set(key, text or " ")
+        return text
+    end = time.monotonic() + timeout
+    while not ranks.store.check([key]) and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
+    return ranks.store.get(key).decode().strip() if ranks.store.check([key]) else ""

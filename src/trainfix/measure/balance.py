@@ -40,6 +40,8 @@ class Balance:
     contributions, 0 = right. residual: the part of consumed that nothing of both explains.
     determined: False where the contributions are too alike for every single coefficient to follow.
     outliers: parameters that are not balanced, the worst first; the coefficients are theirs where most others are.
+    rough: in a balanced window, the largest error of a parameter that is more than the arithmetic's rounding, but no
+    more than 16 bits' and without a direction: what was added up in less precision than it came in; 0 where none is.
     """
 
     verdict: str
@@ -49,6 +51,11 @@ class Balance:
     residual: float
     determined: bool
     outliers: tuple[Outlier, ...]
+    rough: float = 0.0
+
+
+_ROUGH = 0.03  # what sums of bfloat16 may be off by
+_DIRECTED = 0.01  # coefficients that are off by more are no rounding
 
 
 def balance(
@@ -87,6 +94,9 @@ def balance(
         alike = len(rows) > 1 and _rank(rows, rounding) < 2
         right, stale = (1.0,) * len(rows), (0.0,) * (0 if earlier is None else len(earlier))
         return Balance("unclear" if alike else "balanced", scale, right, stale, 0.0, not alike, ())
+    if float(errors.max()) <= _ROUGH and _is_rounding(rows, got, earlier, scale, outliers):
+        right, stale = (1.0,) * len(rows), (0.0,) * (0 if earlier is None else len(earlier))
+        return Balance("balanced", scale, right, stale, 0.0, True, (), float(errors.max()))
     few = int(wrong.sum()) * 2 <= len(names)
     looked_at = wrong[place] if few else torch.ones_like(place, dtype=torch.bool)
     return _explained(rows, got, earlier, looked_at, scale if few else None, rounding, outliers)
@@ -112,6 +122,20 @@ def _by_parameter(
         own,
         torch.where(size > 0, off / torch.where(size > 0, size, 1.0), torch.where(off > 0, torch.inf, 0.0)),
     )
+
+
+def _is_rounding(
+    rows: torch.Tensor,
+    got: torch.Tensor,
+    earlier: torch.Tensor | None,
+    scale: float,
+    outliers: Sequence[Outlier],
+) -> bool:
+    """Whether small errors have no direction: no micro-batch and no parameter as a whole counts for more or less."""
+    before = None if earlier is None else earlier.detach().to(torch.float64) * scale
+    found = measure(rows * scale, got, earlier=before, rcond=_ROUGH)
+    directed = [one - 1 for one in found.current] + list(found.earlier) + [one.scale - 1 for one in outliers]
+    return max(map(abs, directed)) <= _DIRECTED
 
 
 def _explained(

@@ -6,8 +6,10 @@ is computed (fused, chunked, compiled), sends back to h
     w * J^T (softmax(z) - onehot(y)),    z = logits(h) = cap(scale * (W h + b)),    J = dz / dh
 
 so the weight w is the projection of the gradient on that direction, and what is left over says whether the loss is a
-plain next-token loss at all. Only the model's inputs are needed for y, never the framework's labels.
-Plain torch arithmetic in float64; nothing of trainfix is imported.
+plain next-token loss at all. Label smoothing by e adds w * e * J^T (onehot(y) - 1/vocabulary), a second direction.
+Only the model's inputs are needed for y, never the framework's labels.
+Plain torch arithmetic; the vocabulary is gone through piece by piece, so that a large one takes little memory. Nothing
+of trainfix is imported.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+_ELEMENTS = 2**21  # of a piece of the logits, or of the matrix: 16 MiB in float64
+_EXACT_WORK = 2**33  # products up to this many multiplications are done in float64, larger ones in float32
 
 
 @dataclass(frozen=True)
@@ -33,50 +38,132 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Directions:
+    """What the losses of targets send back to their hidden states.
+
+    plain: the gradient of each target's cross-entropy, float64 [positions, hidden]. smoothing: what smoothing by all of
+    it would add [positions, hidden]. losses: the cross-entropies [positions].
+    """
+
+    plain: torch.Tensor
+    smoothing: torch.Tensor
+    losses: torch.Tensor
+
+
+@dataclass(frozen=True)
 class TokenFit:
     """What the gradient at each position says, float64 [positions].
 
     weights: with which weight the token entered the loss; 0 where no gradient arrived.
     residuals: the part of the gradient that no weight of this token explains, relative to the gradient; 0 = explained.
+    smoothed, shares, left_over: the same three, weight, share of label smoothing, and residual, where both directions
+    may explain the gradient.
     """
 
     weights: torch.Tensor
     residuals: torch.Tensor
+    smoothed: torch.Tensor
+    shares: torch.Tensor
+    left_over: torch.Tensor
 
 
-def fit(hidden: torch.Tensor, gradient: torch.Tensor, output: Output, targets: torch.Tensor) -> TokenFit:
-    """Explain `gradient` at `hidden`, both [positions, hidden], by the loss of `targets`, int [positions].
+def fit(gradient: torch.Tensor, directions: Directions) -> TokenFit:
+    """Explain `gradient` [positions, hidden] by the losses that `directions` are of.
 
     Raises ValueError, naming the shapes, when they do not fit together.
     """
-    if hidden.dim() != 2 or gradient.shape != hidden.shape or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"hidden and gradient must be [positions, hidden] and targets [positions], not {list(hidden.shape)}, "
-            f"{list(gradient.shape)} and {list(targets.shape)}"
-        )
+    if gradient.shape != directions.plain.shape:
+        wanted, got = list(directions.plain.shape), list(gradient.shape)
+        raise ValueError(f"the gradient must be [positions, hidden], {wanted} as the directions, not {got}")
+    arrived = gradient.detach().to(torch.float64)
+    plain, smoothing = directions.plain, directions.smoothing
+    size = torch.linalg.vector_norm(arrived, dim=-1)
+    weights = _over((arrived * plain).sum(-1), (plain * plain).sum(-1))
+    residuals = _over(torch.linalg.vector_norm(arrived - weights[:, None] * plain, dim=-1), size)
+    # The second direction without what it shares with the first.
+    shared = _over((smoothing * plain).sum(-1), (plain * plain).sum(-1))
+    rest = smoothing - shared[:, None] * plain
+    amount = _over((arrived * rest).sum(-1), (rest * rest).sum(-1))
+    smoothed = weights - amount * shared
+    left = torch.linalg.vector_norm(arrived - smoothed[:, None] * plain - amount[:, None] * smoothing, dim=-1)
+    return TokenFit(weights, residuals, smoothed, _over(amount, smoothed), _over(left, size))
+
+
+def directions(hidden: torch.Tensor, output: Output, targets: torch.Tensor) -> Directions:
+    """The directions of `targets`, int [positions], at the hidden states [positions, hidden].
+
+    Raises ValueError, naming the shapes, when they do not fit together.
+    """
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1]:
+        got = f"{list(hidden.shape)} and {list(targets.shape)}"
+        raise ValueError(f"hidden must be [positions, hidden] and targets [positions], not {got}")
     if output.matrix.dim() != 2 or output.matrix.shape[1] != hidden.shape[1]:
         raise ValueError(f"the output matrix must be [vocabulary, {hidden.shape[1]}], not {list(output.matrix.shape)}")
-    got = gradient.detach().to(torch.float64)
-    direction = directions(hidden, output, targets)
-    square = (direction * direction).sum(-1)
-    along = (got * direction).sum(-1)
-    weights = torch.where(square > 0, along / torch.where(square > 0, square, 1.0), 0.0)
-    left = torch.linalg.vector_norm(got - weights[:, None] * direction, dim=-1)
-    size = torch.linalg.vector_norm(got, dim=-1)
-    return TokenFit(weights, torch.where(size > 0, left / torch.where(size > 0, size, 1.0), 0.0))
+    rows = max(1, _ELEMENTS // max(1, output.matrix.shape[0]))
+    parts = [
+        _directions(h, output, y) for h, y in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+    ]
+    if not parts:
+        empty = torch.zeros_like(hidden, dtype=torch.float64)
+        return Directions(empty, empty, empty.sum(-1))
+    plain, smoothing, losses = zip(*parts, strict=True)
+    return Directions(torch.cat(plain), torch.cat(smoothing), torch.cat(losses))
 
 
-def directions(hidden: torch.Tensor, output: Output, targets: torch.Tensor) -> torch.Tensor:
-    """The gradient of each target's cross-entropy at its hidden state, float64 [positions, hidden]."""
-    matrix = output.matrix.detach().to(torch.float64)
-    logits = hidden.detach().to(torch.float64) @ matrix.T
-    if output.bias is not None:
-        logits = logits + output.bias.detach().to(torch.float64)
+def towards(
+    found: Directions, hidden: torch.Tensor, output: Output, targets: torch.Tensor, others: torch.Tensor
+) -> Directions:
+    """The directions of `others`, int [positions], from those `found` for `targets`."""
+    pulls, logits = zip(*(_pull(hidden, output, one) for one in (targets, others)), strict=True)
+    moved = pulls[0] - pulls[1]
+    return Directions(found.plain + moved, found.smoothing - moved, found.losses + logits[0] - logits[1])
+
+
+def _directions(
+    hidden: torch.Tensor, output: Output, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    vocabulary, size = output.matrix.shape
+    exact = len(hidden) * vocabulary * size <= _EXACT_WORK
+    wide = torch.float64 if exact else torch.float32
+    rows = max(1, _ELEMENTS // size)
+    states = hidden.detach().to(wide)
+
+    def pieces() -> list[tuple[slice, torch.Tensor]]:
+        bounds = range(0, vocabulary, rows)
+        return [(slice(begin, begin + rows), output.matrix.detach()[begin : begin + rows]) for begin in bounds]
+
+    logits = torch.cat([states @ piece.to(wide).T for _, piece in pieces()], 1)
+    logits, slope = _made(logits, output, output.bias)
+    shares = torch.softmax(logits, -1)
+    weighted, mean = torch.zeros_like(states), torch.zeros_like(states)
+    for where, piece in pieces():
+        there = slope if isinstance(slope, float) else slope[:, where]
+        weighted += (shares[:, where] * there) @ piece.to(wide)
+        mean += (torch.full_like(shares[:, where], 1 / vocabulary) * there) @ piece.to(wide)
+    pull, own = _pull(hidden, output, targets)
+    losses = torch.logsumexp(logits, -1).to(torch.float64) - own
+    return weighted.to(torch.float64) - pull, pull - mean.to(torch.float64), losses
+
+
+def _pull(hidden: torch.Tensor, output: Output, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """J^T onehot(target) [positions, hidden], and the target's logit [positions]."""
+    matrix = output.matrix.detach()[targets].to(torch.float64)
+    logits = (hidden.detach().to(torch.float64) * matrix).sum(-1)
+    logits, slope = _made(logits, output, None if output.bias is None else output.bias[targets])
+    return matrix * (slope if isinstance(slope, float) else slope[:, None]), logits
+
+
+def _made(logits: torch.Tensor, output: Output, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Logits of what the matrix gives, and their slope: d logits / d what the matrix gives."""
+    if bias is not None:
+        logits = logits + bias.detach().to(logits.dtype)
     logits = logits * output.scale
-    slope = torch.ones_like(logits)
-    if output.cap is not None:
-        capped = torch.tanh(logits / output.cap)
-        logits, slope = capped * output.cap, 1 - capped * capped
-    error = torch.softmax(logits, -1)
-    error[torch.arange(len(targets), device=error.device), targets] -= 1
-    return (error * slope * output.scale) @ matrix
+    if output.cap is None:
+        return logits, output.scale
+    capped = torch.tanh(logits / output.cap)
+    return capped * output.cap, (1 - capped * capped) * output.scale
+
+
+def _over(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """The ratio, 0 where it has no meaning."""
+    return torch.where(below != 0, above / torch.where(below != 0, below, 1.0), 0.0)

@@ -1,4 +1,7 @@
-"""What an optimizer is about to consume, one small adapter per kind of optimizer."""
+"""How each framework holds a model: where a backward's gradients arrive, and where its optimizer consumes them.
+
+One small adapter per kind, and one way to read them all.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,22 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from trainfix.ledger.capture import Leaf
+from trainfix.ledger.tensors import local, to_host
+
 ALONE = object()
+
+
+class Home(NamedTuple):
+    """Where this rank's optimizer consumes a parameter's gradient: in `holder.grad`, when it steps `holder`.
+
+    Element e of the parameter is element e + shift of it, if begin <= e < end; the others are on other ranks.
+    """
+
+    holder: torch.Tensor
+    shift: int
+    begin: int
+    end: int
 
 
 class Part(NamedTuple):
@@ -21,15 +39,11 @@ class Part(NamedTuple):
 
 
 class Consumer(Protocol):
-    """Reads a model's gradients where its optimizer will read them.
+    """A model as its framework holds it, at the outermost module that the training loop calls.
 
-    parameters: name -> the tensor at which each backward's gradient arrives. sizes: name -> elements of the whole
-    parameter, the same on every rank. group: the process group that shares the work of a window (None is all ranks), or
-    ALONE where this rank goes its own way.
+    sizes: name -> elements of each whole parameter that is trained, the same on every rank. group: the process group
+    that shares the work of a window (None is all ranks), or ALONE where this rank goes its own way.
     """
-
-    @property
-    def parameters(self) -> Mapping[str, torch.Tensor]: ...
 
     @property
     def sizes(self) -> Mapping[str, int]: ...
@@ -37,9 +51,34 @@ class Consumer(Protocol):
     @property
     def group(self) -> object: ...
 
-    @property
-    def steppers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """The torch optimizers whose `step` consumes the gradient."""
+    def leaves(self) -> Mapping[str, Leaf] | None:
+        """Where each parameter's gradients arrive; None while that is not known, before the first forward pass."""
 
-    def read(self, optimizer: torch.optim.Optimizer, sample: Mapping[str, torch.Tensor]) -> Part | None:
-        """What `optimizer`, one of the steppers, is about to consume; None while more calls of the window follow."""
+    def homes(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Home]:
+        """The parameters whose gradients this torch optimizer consumes: none where it belongs to another model."""
+
+
+def read(homes: Mapping[str, Home], sample: Mapping[str, torch.Tensor]) -> dict[str, Part]:
+    """What is about to be consumed of these parameters, one transfer to the host for all."""
+    found = []
+    for name, home in homes.items():
+        places = sample[name]
+        held = (places >= home.begin) & (places < home.end)
+        gradient = home.holder.grad
+        if gradient is None:
+            found.append((held, torch.zeros(int(held.sum()))))
+        else:
+            flat = local(gradient.detach()).reshape(-1)
+            found.append((held, flat.index_select(0, (places[held] + home.shift).to(flat.device))))
+    values = to_host([one for _, one in found])
+    parts = {}
+    for name, (held, _), value in zip(homes, found, values, strict=True):
+        consumed = torch.zeros(len(held), dtype=torch.float64)
+        consumed[held] = value
+        parts[name] = Part(consumed, held)
+    return parts
+
+
+def stepped(optimizer: torch.optim.Optimizer) -> frozenset[int]:
+    """The ids of the tensors that an optimizer steps."""
+    return frozenset(id(one) for group in optimizer.param_groups for one in group["params"])

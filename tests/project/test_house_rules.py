@@ -26,7 +26,7 @@ ALLOWED = {
     "gradcopy": set(),
     "fixes": {"gradcopy", "engine"},
     "measure": set(),
-    "ledger": {"measure", "engine"},
+    "ledger": {"measure", "engine", "settings"},
     "proofs": {"measure", "engine", "advisories", "environment"},
 }
 # Names that anyone may take from the package itself, such as __version__ and the public functions.

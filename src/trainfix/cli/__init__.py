@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from itertools import chain
 
-from trainfix.cli import catalogue, doctor, enable, prove, run
+from trainfix.cli import catalogue, doctor, enable, prove, run, xray
 from trainfix.cli.base import OK, UNDECIDED, USAGE, Parser, Undecided, UsageError, nearest
 
 EPILOG = "Exit codes: 0 fine; 1 something reachable is not repaired; 2 usage; 3 could not decide."
@@ -76,7 +76,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=version)
     added = parser.add_subparsers(metavar="COMMAND")
     commands: dict[str, Parser] = {}
-    modules = (doctor, prove, catalogue, run, enable)
+    modules = (doctor, prove, xray, catalogue, run, enable)
     for name, about, options, act in chain.from_iterable(module.COMMANDS for module in modules):
         command = commands[name] = added.add_parser(name, help=about, description=about, epilog=EPILOG)
         command.add_argument("--version", action="version", version=version)

@@ -45,8 +45,8 @@ def html(report: Mapping[str, Any]) -> str:
         *(f"<p>{escape(note)}</p>" for note in dict.fromkeys(report["notes"])),
         *(part for window in report["windows"] for part in _window(window)),
         "<h2>How to read it</h2><p class='soft'>A coefficient is the weight with which a micro-batch's gradient "
-        "reached the optimizer: 1 is right, 0 is dropped, 2 is counted twice. A token's weight is that with which it entered "
-        "the loss, relative to the mean: 1 is right.</p>",
+        "reached the optimizer: 1 is right, 0 is dropped, 2 is counted twice. A token's weight is that with which it "
+        "entered the loss, relative to the mean: 1 is right.</p>",
         "</body></html>\n",
     ]
     return "\n".join(parts)

@@ -87,13 +87,15 @@ class Audit:
         self.ranks = agreement.join(group)
         self._own = 0 if self.ranks is None else self.ranks.own
         self._parts: dict[str, Part] = {}
-        self._calls = 0
+        self._calls: dict[int, int] = {}
         self._earlier: torch.Tensor | None = None
-        # The coarser of what gradients come in and what they are consumed in.
-        of_all = {one.holder.dtype for one in homes.values()} | set(dtypes)
-        self._rounding = max(_ROUNDING.get(dtype, 1e-5) for dtype in of_all)
+        # First what the optimizer's own dtype allows for, then what the gradients came in with.
+        self._roundings = [
+            max(_ROUNDING.get(dtype, 1e-5) for dtype in found)
+            for found in ({h.holder.dtype for h in homes.values()}, dtypes)
+        ]
         self.windows = number - 1  # judged, or before
-        self.calls = 1  # of the optimizer's step for one window
+        self.calls = 1  # of the step of the optimizer that ends a window, in one
         self.position = 0  # the backward that this window begins with
 
     def is_whole(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -101,10 +103,11 @@ class Audit:
         now = stepped(optimizer)
         homes = {name: home for name, home in self._homes.items() if id(home.holder) in now}
         self._parts.update(read(homes, self._sample))
-        self._calls += 1
+        self._calls[id(optimizer)] = self._calls.get(id(optimizer), 0) + 1
         if len(self._parts) < len(self._homes):
             return False
-        self.calls, self._calls = self._calls, 0
+        self.calls = self._calls[id(optimizer)]
+        self._calls.clear()
         return True
 
     def judge(
@@ -142,6 +145,8 @@ class Audit:
         unseen: int,
     ) -> Seen:
         touching = [number for number, row in enumerate(rows) if any(name in row.samples for name in self._sample)]
+        # What torch.autograd.grad asked for is no micro-batch, where others are.
+        touching = [number for number in touching if rows[number].is_accumulated] or touching
         cuts = [one - self.position for one in others]
         broken = [number + 1 for number, fine in enumerate(finite(rows)) if not fine]
         if broken:  # the window was skipped, but its other micro-batches may still have come
@@ -182,7 +187,7 @@ class Audit:
             f"ranks {', '.join(map(str, missing))} did not report" if missing else "",
             "the window has more backwards than are kept" if any(bool(seen.state[1]) for seen in here.values()) else "",
         ]
-        consumed, owner, apart = _joined(here, self._rounding)
+        consumed, owner, apart = _joined(here, max(self._roundings))
         # The whole window first; then, where it may have begun anew, what came after.
         possible = []
         for begins in _begins(here):
@@ -231,7 +236,11 @@ class Audit:
 
         def balanced(where: torch.Tensor) -> Balance:
             before = None if earlier is None else earlier[:, where]
-            return balance(rows[:, where], consumed[where], numbers[where], earlier=before, rounding=self._rounding)
+            for rounding in self._roundings:
+                found = balance(rows[:, where], consumed[where], numbers[where], earlier=before, rounding=rounding)
+                if found.verdict != "unbalanced":
+                    break
+            return found
 
         found = balanced(torch.ones_like(owner, dtype=torch.bool))
         unexplained = found.residual > _UNEXPLAINED and len(here) > 1

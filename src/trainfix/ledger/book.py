@@ -34,24 +34,29 @@ class Book:
         self._models: list[_Model] = []
         self._sample: dict[str, torch.Tensor] = {}
         self._waiting: set[int] = set()  # models whose gradients' places show with the first forward pass
-        self._steps: list[tuple[int, int]] = []  # (backwards seen before it, the optimizer's id)
-        self.audits: dict[int, Audit] = {}  # by the optimizers' ids
+        self._steps: list[tuple[int, int]] = []  # (backwards seen before it, the audit's id)
+        self.audits: dict[int, Audit] = {}  # by the ids of what the loop steps
 
     def add(self, root: torch.nn.Module) -> None:
         """Account for this outermost module too. One that holds a known one takes its place."""
+        for part in kinds.roots(root):
+            self._add(part)
+
+    def _add(self, root: torch.nn.Module) -> None:
         inside = {id(one) for one in root.modules()}
         if any(id(one.root) in inside for one in self._models):
             kept = [one.root for one in self._models if id(one.root) not in inside]
             self.close()
             self._capture.attach()
             for one in kept:
-                self.add(one)
+                self._add(one)
         try:
             consumer = kinds.of(root)
         except kinds.Unreadable as error:
             self._told(f"{type(root).__name__} cannot be read: {error}")
             return
-        prefix = f"{type(root).__name__}#{len(self._models) + 1}." if self._models else ""
+        clash = any(name in self._sample for name in consumer.sizes)
+        prefix = f"{type(root).__name__} {len(self._models) + 1}: " if clash else ""
         language = None if _is_compiled(root) else language_model.find(root)
         model = _Model(
             root, consumer, prefix, None if language is None else Tokens(language, self._capture, self._failed)
@@ -71,19 +76,23 @@ class Book:
         self._waiting.clear()
         self.audits.clear()
 
-    def is_waiting(self, root: torch.nn.Module) -> bool:
-        """Whether `returned` must be called when a forward pass of this model is through."""
-        return id(root) in self._waiting
+    @property
+    def is_waiting(self) -> bool:
+        """Whether `returned` must be called when a forward pass is through."""
+        return bool(self._waiting)
 
-    def returned(self, root: torch.nn.Module) -> None:
+    def returned(self) -> None:
         """What had no place before has one now."""
         for model in self._models:
-            if model.root is root and id(root) in self._waiting:
+            if id(model.root) in self._waiting:
                 self._watch(model)
 
     def audit(self, optimizer: torch.optim.Optimizer) -> Audit | None:
         """The audit of this optimizer's windows; None where it steps nothing that is accounted for."""
-        return self.audits.get(id(optimizer)) or self._begin(optimizer)
+        for model in self._models:
+            if found := self.audits.get(id(model.consumer.owner(optimizer))):
+                return found
+        return self._begin(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> bool:
         """This optimizer is about to consume its gradients. Whether that ends a window of it."""
@@ -96,7 +105,7 @@ class Book:
             found = audit.judge(
                 rows,
                 [table for one in tokens for table in one.since(audit.position)],
-                [count for count, other in self._steps if other != id(optimizer) and count > audit.position],
+                [count for count, other in self._steps if other != id(audit) and count > audit.position],
                 full=self._capture.full,
                 unseen=sum(one.unseen for one in tokens),
             )
@@ -105,7 +114,7 @@ class Book:
         # One that steps for the first time after this will ask for the same backwards.
         oldest = min(one.position for one in self.audits.values())
         audit.position = self._capture.count
-        self._steps = [one for one in self._steps if one[0] >= oldest] + [(audit.position, id(optimizer))]
+        self._steps = [one for one in self._steps if one[0] >= oldest] + [(audit.position, id(audit))]
         self._capture.forget(oldest)
         for model in self._models:
             if model.tokens is not None:
@@ -120,6 +129,7 @@ class Book:
         homes: dict[str, Home] = {}
         leaves: dict[str, Leaf] = {}
         groups: list[object] = []
+        owner: object = optimizer
         for model in self._models:
             try:
                 own = model.consumer.homes(optimizer)
@@ -131,12 +141,13 @@ class Book:
                 there = model.consumer.leaves() or {}
                 leaves.update({model.prefix + name: there[name] for name in own if name in there})
                 groups.append(model.consumer.group)
+                owner = model.consumer.owner(optimizer)
         if not homes:
             return None
-        name = type(optimizer).__name__ + (f" {len(self.audits) + 1}" if self.audits else "")
+        name = type(owner).__name__ + (f" {len(self.audits) + 1}" if self.audits else "")
         dtypes = {leaf.tensor.dtype for leaf in leaves.values()}
         audit = Audit(name, homes, self._sample, groups[0], dtypes=dtypes, number=self._number)
-        self.audits[id(optimizer)] = audit
+        self.audits[id(owner)] = audit
         return audit
 
     def _watch(self, model: _Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -20,11 +21,15 @@ class Leaf(NamedTuple):
     offset: int = 0
 
 
-class Row(NamedTuple):
-    """One backward. samples: name -> its contribution at the coordinates. sums: what is not finite anywhere shows."""
+@dataclass
+class Row:
+    """One backward. samples: name -> its contribution at the coordinates. sums: what is not finite anywhere shows.
+    is_accumulated: it went into the parameters' `grad`, and was not asked for by torch.autograd.grad.
+    """
 
-    samples: dict[str, torch.Tensor]
-    sums: list[torch.Tensor]
+    samples: dict[str, torch.Tensor] = field(default_factory=dict)
+    sums: list[torch.Tensor] = field(default_factory=list)
+    is_accumulated: bool = False
 
 
 class Capture:
@@ -95,7 +100,7 @@ class Capture:
         """The number of the backward that is under way. To be called within one."""
         if not self._open:
             self._open = True
-            self._rows.append(Row({}, []))
+            self._rows.append(Row())
             # Runs when the backward that is under way is through.
             torch.autograd.Variable._execution_engine.queue_callback(self._close)
         return self.count - 1
@@ -109,6 +114,13 @@ class Capture:
         def arrived(gradient: torch.Tensor) -> None:
             self._arrived(key, gradient)
 
+        def accumulated(_: torch.Tensor) -> None:
+            if self._open:
+                self._rows[-1].is_accumulated = True
+
+        self._handles.append(
+            tensor.register_post_accumulate_grad_hook(guarded(accumulated, self._failed))  # type: ignore[no-untyped-call]
+        )
         self._handles.append(tensor.register_hook(guarded(arrived, self._failed)))  # type: ignore[no-untyped-call]
 
     def _arrived(self, key: int, gradient: torch.Tensor) -> None:

@@ -140,27 +140,45 @@ def _of_balance(found: Finding, balance: Balance) -> Iterator[str]:
         told.append(f"{balance.residual:.1%} of the gradient comes from none of the micro-batches")
     if balance.outliers and (not told or len(found.outliers) < 0.5 * _looked_at(found)):
         told.insert(0, _parameters(found))
-    if not balance.determined:
-        told.append("(the micro-batches are too alike to name each one)")
+    if not balance.determined and len(found.outliers) > _looked_at(found) / 2:
+        told.append("the micro-batches are too alike to name each one")
     yield "; ".join(told) if told else _parameters(found)
 
 
 def _coefficients(found: Finding, balance: Balance) -> Iterator[str]:
-    ranks = len({rank for rank, _ in found.backwards}) > 1
-    kinds: dict[str, list[str]] = {}
-    for (rank, number), value in zip(found.backwards, balance.coefficients, strict=True):
+    kinds: dict[str, list[int]] = {}
+    for place, value in enumerate(balance.coefficients):
         if abs(value - 1) > _OFF:
-            name = f"rank {rank}'s {number + 1}" if ranks else str(number + 1)
-            kinds.setdefault("are dropped" if abs(value) < _OFF else f"count {value:.3g} times", []).append(name)
-    for what, names in list(kinds.items())[:_SHOWN]:
-        listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-        one = len(names) == 1
-        verb = what if not one else what.replace("are ", "is ").replace("count ", "counts ")
-        yield f"{'micro-batch' if one else 'micro-batches'} {listed} of {len(found.backwards)} {verb}"
+            kinds.setdefault("dropped" if abs(value) < _OFF else f"counted {value:.3g} times", []).append(place)
+    for what, places in list(kinds.items())[:_SHOWN]:
+        verb = "is" if len(places) == 1 else "are"
+        yield f"{_named(found, places)} of {len(found.backwards)} {verb} {what}"
+    if len(kinds) > _SHOWN:
+        yield "and so on"
     stale = [number + 1 for number, value in enumerate(balance.earlier) if abs(value) > _OFF]
     if stale:
-        listed = ", ".join(map(str, stale[:_SHOWN])) + ("..." if len(stale) > _SHOWN else "")
-        yield f"gradients of the window before are added again (micro-batches {listed})"
+        yield f"gradients of the window before are added again (its micro-batches {_listed(stale)})"
+
+
+def _named(found: Finding, places: Sequence[int]) -> str:
+    """``micro-batches 2, 3 of rank 0 and 2 of rank 1``."""
+    ranks: dict[int, list[int]] = {}
+    for place in places:
+        rank, number = found.backwards[place]
+        ranks.setdefault(rank, []).append(number + 1)
+    several = len({rank for rank, _ in found.backwards}) > 1
+    named = [_listed(own) + (f" of rank {rank}" if several else "") for rank, own in list(ranks.items())[:_SHOWN]]
+    more = f" and of {len(ranks) - _SHOWN} more ranks" if len(ranks) > _SHOWN else ""
+    return ("micro-batch " if len(places) == 1 else "micro-batches ") + " and ".join(named) + more
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """``2 to 7``, ``1, 3``, or the first few."""
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers[:_SHOWN])) + (
+        f" and {len(numbers) - _SHOWN} more" if len(numbers) > _SHOWN else ""
+    )
 
 
 def _parameters(found: Finding) -> str:

@@ -27,6 +27,8 @@ from trainfix.ledger.schedule import Schedule
 from trainfix.ledger.sink import Sink, is_wrong
 from trainfix.ledger.verdict import Verdict, judge
 
+_PATIENCE = 8  # calls of an optimizer's step; DeepSpeed makes some before anything is trained
+
 _started: Watch | None = None
 
 
@@ -130,11 +132,11 @@ class Watch:
     def _find(self, book: Book, root: torch.nn.Module) -> None:
         self._roots.append(weakref.ref(root))
         book.add(root)
-        if book.is_waiting(root):
+        if book.is_waiting:
 
             def returned(*_: object) -> None:
                 handle.remove()
-                book.returned(root)
+                book.returned()
 
             handle = root.register_forward_hook(returned)
 
@@ -180,11 +182,13 @@ class Watch:
             return
         if self._primary is None or self._primary() is None:
             self._primary = weakref.ref(optimizer)
-        audit = book.audits[id(optimizer)]
+        audit = book.audit(optimizer)
+        assert audit is not None
         wrong = [one for one in self.verdicts[before:] if is_wrong(one)]
         if self._stops:
             self._stop_if_wrong(audit.ranks, f"{audit.name}/{audit.windows}", wrong)
-        primary = book.audits.get(id(self._primary()))
+        first = self._primary()
+        primary = None if first is None else book.audit(first)
         if primary is None:
             return
         done = all(one.windows >= self._last for one in book.audits.values())
@@ -216,6 +220,8 @@ class Watch:
     def _search(self, book: Book, optimizer: torch.optim.Optimizer) -> None:
         """Find the model of an optimizer whose forward pass is compiled and was not seen, once, at its second call."""
         calls = self._searched[id(optimizer)] = self._searched.get(id(optimizer), 0) + 1
+        if calls == _PATIENCE:
+            self._sink.note(f"{type(optimizer).__name__} steps parameters of no model that was seen: it is not audited")
         if calls != 2:
             return
         own = {id(one) for group in optimizer.param_groups for one in group["params"]}

@@ -13,6 +13,7 @@ import torch
 UNEVEN = 0.02  # weights that differ by more are not even, where the arithmetic is exact
 NOT_PLAIN = 0.1  # what is left over of a gradient that no next-token loss explains
 _EXACT = 1e-3
+_STEPS = 4  # weights of more different sizes inside sequences are a weighted loss
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def evenness(seen: Positions) -> Evenness:
         verdict = "not plain"
     elif bool((weights[plain] < 0).any() and (weights[plain] > 0).any()):
         verdict = "both signs"
-    elif any(_is_free(own_weights[number], limit) for number in within):
-        verdict = "token by token"
+    elif within and _is_free(kept, weights, plain, limit):
+        verdict = "uneven" if _are_means(middles, tokens) else "token by token"
     else:
         verdict = "uneven" if within or _spread(values) > limit else "even"
     return Evenness(
@@ -152,8 +153,24 @@ def _spread(values: torch.Tensor) -> float:
     return float(values.max() - values.min()) / middle if middle else 0.0
 
 
-def _is_free(values: torch.Tensor, limit: float) -> bool:
-    """Whether weights vary from token to token, and do not come in a few steps."""
-    ordered = values.sort().values
-    steps = int((ordered.diff() > limit / 2 * ordered.abs().mean()).sum()) + 1
-    return len(values) > 8 and steps > max(4, len(values) // 4)
+def _is_free(seen: Positions, weights: torch.Tensor, plain: torch.Tensor, limit: float) -> bool:
+    """Whether weights vary from token to token inside sequences, and do not come in a few steps."""
+    relative = []
+    for place in {(int(b), int(s)) for b, s in zip(seen.batch[plain], seen.sequence[plain], strict=True)}:
+        own = weights[plain & (seen.batch == place[0]) & (seen.sequence == place[1])]
+        relative.append(own / own.median())
+    return len({int(one) for one in (torch.cat(relative) / limit).round()}) > _STEPS
+
+
+def _are_means(weights: Mapping[int, float], tokens: Mapping[int, int]) -> bool:
+    """Whether micro-batches count the same however many tokens they have: what a mean of their means looks like, also
+    where each token has a weight of its own."""
+    each = torch.tensor([weights[number] for number in weights], dtype=torch.float64)
+    sums = each * torch.tensor([tokens[number] for number in weights], dtype=torch.float64)
+    if len(each) < 2 or not bool((each > 0).all()):
+        return False
+    return _range(each) > 1.8 and _range(sums) < 1.5
+
+
+def _range(values: torch.Tensor) -> float:
+    return float(values.max() / values.min())

@@ -54,8 +54,11 @@ class Consumer(Protocol):
     def leaves(self) -> Mapping[str, Leaf] | None:
         """Where each parameter's gradients arrive; None while that is not known, before the first forward pass."""
 
+    def owner(self, optimizer: torch.optim.Optimizer) -> object:
+        """What the training loop steps when this torch optimizer steps: itself, or what has several of them."""
+
     def homes(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Home]:
-        """The parameters whose gradients this torch optimizer consumes: none where it belongs to another model."""
+        """The parameters whose gradients its owner consumes: none where it belongs to another model."""
 
 
 def read(homes: Mapping[str, Home], sample: Mapping[str, torch.Tensor]) -> dict[str, Part]:
@@ -77,6 +80,11 @@ def read(homes: Mapping[str, Home], sample: Mapping[str, torch.Tensor]) -> dict[
         consumed[held] = value
         parts[name] = Part(consumed, held)
     return parts
+
+
+def itself(optimizer: torch.optim.Optimizer) -> object:
+    """The owner of an optimizer that the loop steps."""
+    return optimizer
 
 
 def stepped(optimizer: torch.optim.Optimizer) -> frozenset[int]:

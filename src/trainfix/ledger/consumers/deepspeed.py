@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from trainfix.ledger.capture import Leaf
-from trainfix.ledger.consumers import Home
+from trainfix.ledger.consumers import Home, itself
 
 
 class DeepSpeed:
     """The engine that `deepspeed.initialize` returned."""
+
+    owner = staticmethod(itself)
 
     def __init__(self, engine: Any) -> None:
         self._zero = engine.optimizer

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trainfix.ledger.capture import Leaf
-from trainfix.ledger.consumers import Home, stepped
+from trainfix.ledger.consumers import Home, itself, stepped
 
 
 class _Piece(NamedTuple):
@@ -30,6 +30,8 @@ class _Piece(NamedTuple):
 
 class FullyShardedDataParallel:
     """The outermost FullyShardedDataParallel module."""
+
+    owner = staticmethod(itself)
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from trainfix.ledger.capture import Leaf
-from trainfix.ledger.consumers import Home, stepped
+from trainfix.ledger.consumers import Home, itself, stepped
 
 
 class FullyShard:
     """The root of a model whose modules were given to `fully_shard`."""
+
+    owner = staticmethod(itself)
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from trainfix.ledger.consumers import Consumer
 
+_FRAMEWORKS = (
+    ("deepspeed", "DeepSpeedEngine"),
+    ("torch.nn.parallel", "DistributedDataParallel"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+)
+
 
 class Unreadable(Exception):
     """A model or an optimizer that no adapter reads. The message says what it is."""
+
+
+def roots(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The outermost modules of a framework in what the loop calls, where they hold all that is trained; else itself."""
+    found = list(_outermost(model))
+    held = {id(one) for part in found for one in part.parameters()}
+    trained = [one for one in model.parameters() if one.requires_grad]
+    return found if found and all(id(one) in held for one in trained) else [model]
+
+
+def _outermost(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    if any(_is(model, *kind) for kind in _FRAMEWORKS):
+        yield model
+        return
+    for child in model.children():
+        yield from _outermost(child)
 
 
 def of(model: torch.nn.Module) -> Consumer:
@@ -45,9 +68,11 @@ def _of(model: Any) -> Consumer:
         raise Unreadable("FullyShardedDataParallel somewhere inside the model, not around it")
     if any(hasattr(one, "placements") for one in model.parameters()):
         raise Unreadable("tensor parallelism: parameters are spread over ranks")
+    from trainfix.ledger.consumers import torchao
     from trainfix.ledger.consumers.plain import Plain
 
-    return Plain(model)
+    offload = torchao.of(model)
+    return Plain(model) if offload is None else torchao.Offloaded(model, offload)
 
 
 def _is(one: object, module: str, name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from trainfix.ledger.capture import Leaf
-from trainfix.ledger.consumers import Home, stepped
+from trainfix.ledger.consumers import Home, itself, stepped
 
 
 class Plain:
@@ -32,6 +32,9 @@ class Plain:
 
     def leaves(self) -> Mapping[str, Leaf]:
         return {name: Leaf(one) for name, one in self._parameters.items()}
+
+    def owner(self, optimizer: torch.optim.Optimizer) -> object:
+        return itself(optimizer)
 
     def homes(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Home]:
         own = stepped(optimizer)

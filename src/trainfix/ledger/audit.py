@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -70,7 +70,7 @@ class Seen(NamedTuple):
 
 
 class Audit:
-    """Judges one optimizer's windows, on the first rank. dtypes: those in which its parameters' gradients arrive."""
+    """Judges one optimizer's windows, on the first rank."""
 
     def __init__(
         self,
@@ -79,7 +79,6 @@ class Audit:
         sample: Mapping[str, torch.Tensor],
         group: object,
         *,
-        dtypes: Collection[torch.dtype],
         number: int = 1,
     ) -> None:
         self.name, self._homes = name, homes
@@ -90,10 +89,7 @@ class Audit:
         self._calls: dict[int, int] = {}
         self._earlier: torch.Tensor | None = None
         # First what the optimizer's own dtype allows for, then what the gradients came in with.
-        self._roundings = [
-            max(_ROUNDING.get(dtype, 1e-5) for dtype in found)
-            for found in ({h.holder.dtype for h in homes.values()}, dtypes)
-        ]
+        self._roundings = [_rounding({home.holder.dtype for home in homes.values()})] * 2
         self.windows = number - 1  # judged, or before
         self.calls = 1  # of the step of the optimizer that ends a window, in one
         self.position = 0  # the backward that this window begins with
@@ -126,6 +122,8 @@ class Audit:
         """
         self.windows += 1
         parts, self._parts = self._parts, {}
+        arrived = {one.dtype for row in rows for name, one in row.samples.items() if name in self._sample}
+        self._roundings[1] = _rounding(arrived)
         mine = self._seen(rows, tokens, cuts, parts, full=full, unseen=unseen)
         if self.ranks is None:
             return self._judged({0: mine})
@@ -236,17 +234,25 @@ class Audit:
 
         def balanced(where: torch.Tensor) -> Balance:
             before = None if earlier is None else earlier[:, where]
-            for rounding in self._roundings:
-                found = balance(rows[:, where], consumed[where], numbers[where], earlier=before, rounding=rounding)
-                if found.verdict != "unbalanced":
-                    break
-            return found
+            exact, coarse = (
+                balance(rows[:, where], consumed[where], numbers[where], earlier=before, rounding=rounding)
+                for rounding in self._roundings
+            )
+            if exact.verdict != "unbalanced" or coarse.verdict == "unbalanced":
+                return exact
+            return replace(coarse, rough=exact.outliers[0].error)
 
         found = balanced(torch.ones_like(owner, dtype=torch.bool))
+        if bool(rows.any()) and not bool(consumed.any()):  # what nothing arrives of has no scale to differ from
+            found = replace(found, verdict="unbalanced", coefficients=(0.0,) * len(rows))
         unexplained = found.residual > _UNEXPLAINED and len(here) > 1
         return found, (
             {rank: balanced(owner == rank) for rank in here if bool((owner == rank).any())} if unexplained else {}
         )
+
+
+def _rounding(dtypes: Collection[torch.dtype]) -> float:
+    return max((_ROUNDING.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
 
 
 def _begins(here: Mapping[int, Seen]) -> list[dict[int, int]]:

@@ -9,7 +9,7 @@ import torch
 
 from trainfix.ledger import language_model
 from trainfix.ledger.audit import Audit, Finding
-from trainfix.ledger.capture import Capture, Leaf
+from trainfix.ledger.capture import Capture
 from trainfix.ledger.consumers import Consumer, Home, kinds
 from trainfix.ledger.sample import draw
 from trainfix.ledger.tokens import Tokens
@@ -127,7 +127,6 @@ class Book:
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> Audit | None:
         homes: dict[str, Home] = {}
-        leaves: dict[str, Leaf] = {}
         groups: list[object] = []
         owner: object = optimizer
         for model in self._models:
@@ -138,25 +137,22 @@ class Book:
                 own = {}
             if own:
                 homes.update({model.prefix + name: home for name, home in own.items()})
-                there = model.consumer.leaves() or {}
-                leaves.update({model.prefix + name: there[name] for name in own if name in there})
                 groups.append(model.consumer.group)
                 owner = model.consumer.owner(optimizer)
         if not homes:
             return None
         name = type(owner).__name__ + (f" {len(self.audits) + 1}" if self.audits else "")
-        dtypes = {leaf.tensor.dtype for leaf in leaves.values()}
-        audit = Audit(name, homes, self._sample, groups[0], dtypes=dtypes, number=self._number)
+        audit = Audit(name, homes, self._sample, groups[0], number=self._number)
         self.audits[id(owner)] = audit
         return audit
 
     def _watch(self, model: _Model) -> None:
         leaves = model.consumer.leaves()
-        if leaves is None:
+        self._capture.watch({model.prefix + name: leaf for name, leaf in leaves.items()}, self._sample)
+        if len(leaves) < len(model.consumer.sizes):
             self._waiting.add(id(model.root))
         else:
             self._waiting.discard(id(model.root))
-            self._capture.watch({model.prefix + name: leaf for name, leaf in leaves.items()}, self._sample)
         if model.tokens is not None:
             model.tokens.attach()
 

@@ -55,6 +55,8 @@ class Capture:
         """Look at these parameters too, at the coordinates that `sample` has for their names."""
         for name, leaf in leaves.items():
             _, places = self._watched.setdefault(id(leaf.tensor), (leaf.tensor, {}))
+            if name in places:
+                continue
             places[name] = sample[name] + leaf.offset
             if self._attached and len(places) == 1:
                 self._hook(leaf.tensor)

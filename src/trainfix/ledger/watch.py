@@ -53,6 +53,7 @@ class Watch:
         self._after: RemovableHandle | None = None
         self._closing: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # which make their gradient in `step`
         self._finding: RemovableHandle | None = None
+        self._returning: list[RemovableHandle] = []
         self._roots: list[weakref.ref[torch.nn.Module]] = []
         self._known: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._searched: dict[int, int] = {}
@@ -105,12 +106,15 @@ class Watch:
         self._finding = register_module_forward_pre_hook(self._safe(self._called))
         for root in [one() for one in self._roots]:
             if root is not None:
-                self._book.add(root)
+                self._add(self._book, root)
 
     def _close(self) -> None:
         if self._finding is not None:
             self._finding.remove()
             self._finding = None
+        for handle in self._returning:
+            handle.remove()
+        self._returning.clear()
         if self._book is not None:
             self._book.close()
             self._book = None
@@ -131,14 +135,19 @@ class Watch:
 
     def _find(self, book: Book, root: torch.nn.Module) -> None:
         self._roots.append(weakref.ref(root))
+        self._add(book, root)
+
+    def _add(self, book: Book, root: torch.nn.Module) -> None:
         book.add(root)
         if book.is_waiting:
 
             def returned(*_: object) -> None:
-                handle.remove()
                 book.returned()
+                if not book.is_waiting:
+                    handle.remove()
 
-            handle = root.register_forward_hook(returned)
+            handle = root.register_forward_hook(self._safe(returned))
+            self._returning.append(handle)
 
     def _stepping(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self._over:

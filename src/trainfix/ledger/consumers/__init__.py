@@ -51,8 +51,8 @@ class Consumer(Protocol):
     @property
     def group(self) -> object: ...
 
-    def leaves(self) -> Mapping[str, Leaf] | None:
-        """Where each parameter's gradients arrive; None while that is not known, before the first forward pass."""
+    def leaves(self) -> Mapping[str, Leaf]:
+        """Where each parameter's gradients arrive, without those of which only a forward pass will show it."""
 
     def owner(self, optimizer: torch.optim.Optimizer) -> object:
         """What the training loop steps when this torch optimizer steps: itself, or what has several of them."""

@@ -39,7 +39,8 @@ class FullyShardedDataParallel:
         for name, wrapped in model.named_modules():
             handle = wrapped._handle if isinstance(wrapped, type(model)) else None
             if handle is not None and handle.flat_param.requires_grad:
-                self._pieces.update(_pieces(f"{name}." if name else "", handle.flat_param))
+                plain = f"{name}.".replace("_fsdp_wrapped_module.", "") if name else ""
+                self._pieces.update(_pieces(plain, handle.flat_param))
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -65,7 +66,8 @@ def _pieces(prefix: str, flat: Any) -> dict[str, _Piece]:
         if not padding:
             of = None if flat._params is None else flat._params[number]
             if of is None or of.requires_grad:
-                pieces[prefix + flat._fqns[number]] = _Piece(flat, begin, size, number, of)
+                own = str(flat._fqns[number]).replace("_fsdp_wrapped_module.", "")
+                pieces[prefix + own] = _Piece(flat, begin, size, number, of)
             number += 1
         begin += size
     return pieces

@@ -1,7 +1,7 @@
 """FSDP2: `torch.distributed.fsdp.fully_shard`, with and without CPU offload.
 
-Gradients arrive at whole parameters, which exist from the first forward pass on, and are consumed as DTensors, of which
-each rank holds some rows.
+Gradients arrive at whole parameters, each of which exists from the first forward pass on that uses it, and are consumed
+as DTensors, of which each rank holds some rows.
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ class FullyShard:
         mesh: Any = meshes.pop() if len(meshes) == 1 else None
         return mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
 
-    def leaves(self) -> Mapping[str, Leaf] | None:
-        whole: dict[int, torch.Tensor] = {}
+    def leaves(self) -> Mapping[str, Leaf]:
+        whole: dict[int, torch.Tensor | None] = {}
         for module in self._model.modules():
             state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
             for one in _sharded_parameters(state):
-                if not hasattr(one, "_unsharded_param"):
-                    return None
-                whole[id(one.sharded_param)] = one._unsharded_param
+                whole[id(one.sharded_param)] = getattr(one, "_unsharded_param", None)
         # Parameters that were left out of the sharding are their own.
-        return {name: Leaf(whole.get(id(one), one)) for name, one in self._sharded.items()}
+        places = {name: whole.get(id(one), one) for name, one in self._sharded.items()}
+        return {name: Leaf(place) for name, place in places.items() if place is not None}
 
     def homes(self, optimizer: torch.optim.Optimizer) -> Mapping[str, Home]:
         own = stepped(optimizer)

@@ -89,7 +89,7 @@ CASES = (
     Again("TF-0601", {"torchao": "0.18.0"}, {"micro_batches": 8}, control={"micro_batches": 1}, program=_LOOP),
     Again(
         "TF-0009",
-        {"deepspeed": "0.19.8"},
+        {"deepspeed": "0.19.6"},
         {"ga": 4, "dtype": "bf16", "extra": {"data_types": {"grad_accum_dtype": "fp32"}}},
         remark=True,
         control={"ga": 4, "extra": {"data_types": {"grad_accum_dtype": "fp32"}}},

@@ -160,4 +160,5 @@ def stacked(rows: Sequence[Row], sample: Mapping[str, torch.Tensor]) -> torch.Te
 def finite(rows: Sequence[Row]) -> list[bool]:
     """Whether everything that each backward brought was finite."""
     sums = iter(to_host([one.reshape(1) for row in rows for one in row.sums]))
-    return [all(bool(torch.isfinite(next(sums))) for _ in row.sums) for row in rows]
+    each = [[bool(torch.isfinite(next(sums))) for _ in row.sums] for row in rows]
+    return [all(found) for found in each]

@@ -66,7 +66,7 @@ class Watch:
     def begin(self, root: torch.nn.Module | None = None) -> None:
         """root: a model that need not be found."""
         self._counter = register_optimizer_step_pre_hook(self._safe(self._stepping))
-        self._open(self._schedule.next_after(0) or 1)
+        self._pause(0, 1)
         if root is not None and self._book is not None:
             self._known.update(root.modules())
             self._find(self._book, root)
@@ -153,7 +153,9 @@ class Watch:
         if self._over:
             return
         if self._rest:
-            if self._primary is not None and self._primary() is optimizer:
+            if self._primary is None:
+                self._primary = weakref.ref(optimizer)
+            if self._primary() is optimizer:
                 self._rest -= 1
                 if not self._rest:
                     self._open(self._next)
@@ -237,7 +239,7 @@ class Watch:
         found = [
             one
             for one in gc.get_objects()
-            if isinstance(one, torch.nn.Module) and any(id(parameter) in own for parameter in one.parameters())
+            if issubclass(type(one), torch.nn.Module) and any(id(parameter) in own for parameter in one.parameters())
         ]
         if found:
             root = max(found, key=lambda one: sum(1 for _ in one.modules()))

@@ -21,7 +21,7 @@ def of(model: torch.nn.Module) -> Any:
     kinds = tuple(sys.modules[name].CPUOffloadOptimizer for name in _MODULES if name in sys.modules)
     own = {id(one) for one in model.parameters()}
     for one in gc.get_objects() if kinds else ():
-        if isinstance(one, kinds) and own & {id(parameter) for parameter in one.param_d2h_map}:
+        if issubclass(type(one), kinds) and own & {id(parameter) for parameter in one.param_d2h_map}:
             return one
     return None
 

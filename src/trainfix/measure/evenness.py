@@ -76,7 +76,8 @@ def evenness(seen: Positions) -> Evenness:
         return Evenness("nothing", {}, {}, {}, {}, {}, 0.0, 0.0, 0, 0, 0)
     kept = Positions(*(column[there] for column in vars(seen).values()))
     weights, residuals, smoothing = _by_smoothing(kept)
-    fits_own, fits_later = _shifted(residuals, kept.own), _shifted(residuals, kept.later)
+    fits_own = _shifted(residuals, kept.own) & (kept.own < kept.later)
+    fits_later = _shifted(residuals, kept.later) & (kept.later <= kept.own)
     plain = residuals <= NOT_PLAIN
     noise = float(residuals[plain].median()) if bool(plain.any()) else float(residuals.median())
     misfits = ~plain & ~fits_own & ~fits_later

@@ -16,7 +16,10 @@ from trainfix.ledger.sample import SEED
 from trainfix.ledger.tensors import guarded, local
 from trainfix.measure.next_token import Directions, directions, fit, towards
 
-MOST = 256  # positions of one forward pass that are looked at, all of them where there are no more
+# How many positions of one forward pass are looked at: all up to MOST where the output matrix is small, else LEAST,
+# which in a pass of a thousand positions is a few percent of what the matrix costs anyway.
+LEAST, MOST = 32, 512
+_WORK = 2**26  # multiplications that are not worth saving
 
 COLUMNS = (
     "pass",
@@ -29,6 +32,7 @@ COLUMNS = (
     "left_over",
     "own",  # the residual for the position's own token as the target: labels that were not shifted
     "later",  # the residual for the token after the next: labels that were shifted twice
+    "before",  # the residual for the token before: labels that were shifted the wrong way
     "padding",  # 1: the next token is padding
     "crossing",  # 1: the next token begins another document
     "label",  # 1: the next token is among the labels, 0: it is not, -1: no labels were given
@@ -45,10 +49,11 @@ class Tokens:
     def __init__(self, model: LanguageModel, capture: Capture, failed: Callable[[Exception], object]) -> None:
         self._model, self._capture, self._failed = model, capture, failed
         self._handles: list[RemovableHandle] = []
-        self._pass = _Pass()
+        self._pass = _Pass(0)
+        self._is_inside = False  # of a call of the model
         self._tables: list[tuple[int, torch.Tensor]] = []
         self._generator = torch.Generator().manual_seed(SEED)  # not the user's
-        self._passes = 0
+        self._passes = 0  # that were met so far
         self.unseen = 0  # passes whose output matrix was not at hand
 
     def attach(self) -> None:
@@ -72,7 +77,7 @@ class Tokens:
             handle.remove()
         self._handles.clear()
         self._tables.clear()
-        self._pass = _Pass()
+        self._pass = _Pass(0)
         self.unseen = 0
 
     def since(self, number: int) -> list[tuple[int, torch.Tensor]]:
@@ -83,18 +88,27 @@ class Tokens:
         self._tables = self.since(number)
 
     def _called(self, _: object, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        self._pass = _Pass()
+        self._begin()
+        self._is_inside = True
         self._pass.keep(named)
 
     def _returned(self, _: object, args: tuple[Any, ...], named: Mapping[str, Any], output: object) -> None:
         self._pass.keep(named)
-        self._pass = _Pass()
+        self._is_inside = False
+
+    def _begin(self) -> None:
+        self._passes += 1
+        self._pass = _Pass(self._passes)
 
     def _inputs(self, _: object, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if not self._is_inside:  # the body alone is called, for a loss that makes its own logits
+            self._begin()
         self._pass.keep(named)
 
     def _embedding(self, _: object, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 2:
+            if not self._is_inside and self._model.body is None:
+                self._begin()
             self._pass.ids = args[0].detach()
 
     def _body(self, _: object, args: object, output: Any) -> None:
@@ -111,23 +125,24 @@ class Tokens:
         one = self._pass
         if not isinstance(hidden, torch.Tensor) or not hidden.requires_grad or not torch.is_grad_enabled():
             return
-        if one.ids is None or hidden.shape[:-1] != one.ids.shape or hidden is one.met:
+        if one.ids is None or hidden.shape[:-1] != one.ids.shape or id(hidden) == one.met:
             return
-        one.met = hidden
-        one.choose(hidden, self._generator)
+        one.met = id(hidden)
+        one.choose(hidden, self._generator, self._most(hidden.shape[-1]))
         hidden.register_hook(guarded(partial(self._came_back, one, one.source), self._failed))  # type: ignore[no-untyped-call]
+
+    def _most(self, size: int) -> int:
+        return min(MOST, max(LEAST, _WORK // (self._model.embedding_shape()[0] * size)))
 
     def _came_back(self, one: _Pass, source: int, gradient: torch.Tensor) -> None:
         if source != one.source or one.sample is None:
             return
         one.direct(self._model)
-        one.met = None
         number = self._capture.current()
         if one.found is None:
             self.unseen += 1
             return
-        self._passes += 1
-        self._tables.append((number, one.table(self._passes, local(gradient.detach()), self._model)))
+        self._tables.append((number, one.table(local(gradient.detach()), self._model)))
 
 
 class _Sample(NamedTuple):
@@ -141,10 +156,11 @@ class _Sample(NamedTuple):
 class _Pass:
     """One forward pass of the language model."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.ids: torch.Tensor | None = None
         self.given: dict[str, torch.Tensor] = {}
-        self.met: torch.Tensor | None = None
+        self.met: int | None = None  # the id of the hidden states, which must not be kept alive
         self.source = 0
         self.sample: _Sample | None = None
         self.found: Directions | None = None
@@ -155,7 +171,7 @@ class _Pass:
             if isinstance(value, torch.Tensor) and value.dim() == 2:
                 self.given.setdefault(name, value.detach())
 
-    def choose(self, hidden: torch.Tensor, generator: torch.Generator) -> None:
+    def choose(self, hidden: torch.Tensor, generator: torch.Generator, most: int) -> None:
         """Take a sample of the positions that have a next token, those with labels first."""
         assert self.ids is not None
         self.source, self.found = self.source + 1, None
@@ -166,7 +182,7 @@ class _Pass:
         labels = self._labels()
         if labels is not None:
             rank = rank + labels.to(device)
-        count = min(MOST, self.ids.shape[0] * (self.ids.shape[1] - 1))
+        count = min(most, self.ids.shape[0] * (self.ids.shape[1] - 1))
         flat = torch.topk(rank.reshape(-1), count, sorted=False).indices
         targets = self.ids.roll(-1, 1).reshape(-1).to(device)[flat]
         self.sample = _Sample(flat, hidden.detach().reshape(-1, hidden.shape[-1])[flat], targets)
@@ -178,7 +194,7 @@ class _Pass:
             with torch.no_grad(), torch.autocast(self.sample.hidden.device.type, enabled=False):
                 self.found = directions(self.sample.hidden, output, self.sample.targets)
 
-    def table(self, number: int, gradient: torch.Tensor, model: LanguageModel) -> torch.Tensor:
+    def table(self, gradient: torch.Tensor, model: LanguageModel) -> torch.Tensor:
         assert self.sample is not None and self.found is not None and self.ids is not None
         flat, hidden, targets = self.sample
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -187,7 +203,7 @@ class _Pass:
             plain = fit(mine, self.found)
             output = model.output()
             others = []
-            for shift in (0, -2):
+            for shift in (0, -2, 1):
                 if output is None:
                     others.append(torch.ones_like(plain.residuals))
                     continue
@@ -195,7 +211,7 @@ class _Pass:
                 others.append(fit(mine, towards(self.found, hidden, output, targets, target)).residuals)
             trained = (rows != 0).any(-1).sum().expand(len(flat))
             width = self.ids.shape[1]
-            columns = [torch.full_like(flat, number), flat // width, flat % width, plain.weights, plain.residuals]
+            columns = [torch.full_like(flat, self.number), flat // width, flat % width, plain.weights, plain.residuals]
             columns += [plain.smoothed, plain.shares, plain.left_over, *others]
             columns += [one.reshape(-1).to(flat.device)[flat] for one in (self._padding(), self._crossing())]
             labels = self._labels()

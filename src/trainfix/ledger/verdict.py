@@ -205,15 +205,13 @@ def _only_own(found: Finding, rank: int, balance: Balance) -> bool:
 
 def _of_tokens(tokens: Evenness, flags: dict[str, int], found: Finding) -> tuple[list[str], list[str]]:
     problems, remarks = [], []
-    if tokens.own:
-        problems.append(
-            f"labels are not shifted: {tokens.own} of {tokens.positions} trained positions predict themselves"
-        )
-    if tokens.later:
-        problems.append(
-            f"labels are shifted twice: {tokens.later} of {tokens.positions} trained positions predict the token after "
-            "the next"
-        )
+    if tokens.shifted:
+        what = {
+            "own": "labels are not shifted: {} trained positions predict themselves",
+            "later": "labels are shifted twice: {} trained positions predict the token after the next",
+            "before": "labels are shifted the wrong way: {} trained positions predict the token before",
+        }[tokens.shifted]
+        problems.append(what.format(f"{tokens.moved} of {tokens.positions}"))
     texts = {
         "padding": "trained positions predict padding",
         "crossing": "trained positions predict the first token of the next document",
@@ -264,7 +262,7 @@ def _name(found: Finding, number: int) -> str:
 
 def _scale(tokens: Evenness, found: Finding) -> float | None:
     """The consumed gradient relative to that of the mean loss per token, before clipping; None if it cannot be seen."""
-    if tokens.verdict not in ("even", "uneven") or found.balance is None or tokens.own or tokens.later:
+    if tokens.verdict not in ("even", "uneven") or found.balance is None or tokens.shifted:
         return None
     if len(tokens.tokens) < len(found.backwards) or found.balance.verdict == "unbalanced":
         return None
@@ -293,12 +291,11 @@ def _of_scale(scale: float, tokens: Evenness, remarks: list[str]) -> list[str]:
 def _positions(found: Finding) -> tuple[Positions, dict[str, int]]:
     """The sampled positions, by the numbers of `found.backwards`, and how many of them are remarkable."""
     numbers = {backward: number for number, backward in enumerate(found.backwards)}
-    table = found.tokens
+    table = _together(found.tokens)
     places = [numbers.get((int(rank), int(k)), -1) for rank, k in zip(table[0], table[1], strict=True)]
     batch = torch.tensor(places, dtype=torch.float64)
-    kept = batch >= 0
-    columns = dict(zip(COLUMNS, table[2:][:, kept], strict=True))
-    batch = batch[kept]
+    columns = dict(zip(COLUMNS, table[2:][:, batch >= 0], strict=True))
+    batch = batch[batch >= 0]
     trained = columns["weight"].abs() > 1e-7 * _largest(columns["weight"])
     flags = {
         "padding": int((trained & (columns["padding"] > 0)).sum()),
@@ -317,10 +314,25 @@ def _positions(found: Finding) -> tuple[Positions, dict[str, int]]:
         left_over=columns["left_over"],
         own=columns["own"],
         later=columns["later"],
+        before=columns["before"],
         losses=columns["loss"],
         trained=columns["trained"],
     )
     return seen, flags
+
+
+def _together(table: torch.Tensor) -> torch.Tensor:
+    """One column for each position of a pass: its weights added up where several backwards went through it."""
+    place = {name: number + 2 for number, name in enumerate(COLUMNS)}
+    keys = [0, place["pass"], place["sequence"], place["position"]]
+    _, where = torch.unique(table[keys], dim=1, return_inverse=True)
+    if not len(where) or int(where.max()) + 1 == len(where):
+        return table
+    first = torch.full((int(where.max()) + 1,), len(where)).scatter_reduce(0, where, torch.arange(len(where)), "amin")
+    merged = table[:, first]
+    for name in ("weight", "smoothed"):
+        merged[place[name]] = torch.zeros(len(first), dtype=table.dtype).index_add_(0, where, table[place[name]])
+    return merged
 
 
 def _largest(values: Sequence[float] | torch.Tensor) -> float:

@@ -55,7 +55,7 @@ class Watch:
         self._finding: RemovableHandle | None = None
         self._returning: list[RemovableHandle] = []
         self._roots: list[weakref.ref[torch.nn.Module]] = []
-        self._known: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._known: dict[int, weakref.ref[torch.nn.Module]] = {}  # by id: every call of every module asks
         self._searched: dict[int, int] = {}
         self._primary: weakref.ref[torch.optim.Optimizer] | None = None
         self._rest = 0  # calls of the primary optimizer's step that are only counted
@@ -68,7 +68,7 @@ class Watch:
         self._counter = register_optimizer_step_pre_hook(self._safe(self._stepping))
         self._pause(0, 1)
         if root is not None and self._book is not None:
-            self._known.update(root.modules())
+            self._know(root)
             self._find(self._book, root)
 
     def end(self) -> None:
@@ -127,11 +127,17 @@ class Watch:
     # --- torch's hooks
 
     def _called(self, module: torch.nn.Module, args: object) -> None:
-        if torch.compiler.is_compiling() or module in self._known or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return
-        self._known.update(module.modules())
+        known = self._known.get(id(module))
+        if (known is not None and known() is module) or not torch.is_grad_enabled():
+            return
+        self._know(module)
         if self._book is not None and any(one.requires_grad for one in module.parameters()):
             self._find(self._book, module)
+
+    def _know(self, root: torch.nn.Module) -> None:
+        self._known.update({id(one): weakref.ref(one) for one in root.modules()})
 
     def _find(self, book: Book, root: torch.nn.Module) -> None:
         self._roots.append(weakref.ref(root))
@@ -243,7 +249,7 @@ class Watch:
         ]
         if found:
             root = max(found, key=lambda one: sum(1 for _ in one.modules()))
-            self._known.update(root.modules())
+            self._know(root)
             self._find(book, root)
 
 

@@ -21,9 +21,9 @@ class Positions:
     """Sampled positions of all micro-batches of a window, float64 [positions] each.
 
     batch: the number of the position's micro-batch. passes: that of its forward pass. sequence: in it. weights,
-    residuals, and with label smoothing smoothed, shares, left_over: see next_token.TokenFit. own, later: the residuals
-    for the position's own token, and for the one after the next, as its target. losses: the cross-entropies. trained:
-    how many positions of the forward pass a gradient came back to.
+    residuals, and with label smoothing smoothed, shares, left_over: see next_token.TokenFit. own, later, before: the
+    residuals for the position's own token, the one after the next, and the one before, as its target. losses: the
+    cross-entropies. trained: how many positions of the forward pass a gradient came back to.
     """
 
     batch: torch.Tensor
@@ -36,6 +36,7 @@ class Positions:
     left_over: torch.Tensor
     own: torch.Tensor
     later: torch.Tensor
+    before: torch.Tensor
     losses: torch.Tensor
     trained: torch.Tensor
 
@@ -51,7 +52,8 @@ class Evenness:
     many are trained. within: micro-batches whose own tokens differ, with the weight of each of their sequences' tokens.
     sums: micro-batch -> the sum of its tokens' weights,
     absolute. smoothing: the share of label smoothing, 0 without. noise: what is typically left over of a gradient.
-    own, later: positions whose target is their own token, or the one after the next. positions: trained ones seen.
+    shifted: what most positions that the next token does not explain have as their target: own, later or before, "" for
+    none of them; moved: how many these are. positions: trained ones seen.
     losses: micro-batch -> its mean cross-entropy per token.
     """
 
@@ -63,8 +65,8 @@ class Evenness:
     losses: Mapping[int, float]
     smoothing: float
     noise: float
-    own: int
-    later: int
+    shifted: str
+    moved: int
     positions: int
 
 
@@ -73,14 +75,13 @@ def evenness(seen: Positions) -> Evenness:
     largest = float(seen.weights.abs().max()) if len(seen.weights) else 0.0
     there = seen.weights.abs() > 1e-7 * largest
     if not bool(there.any()):
-        return Evenness("nothing", {}, {}, {}, {}, {}, 0.0, 0.0, 0, 0, 0)
+        return Evenness("nothing", {}, {}, {}, {}, {}, 0.0, 0.0, "", 0, 0)
     kept = Positions(*(column[there] for column in vars(seen).values()))
     weights, residuals, smoothing = _by_smoothing(kept)
-    fits_own = _shifted(residuals, kept.own) & (kept.own < kept.later)
-    fits_later = _shifted(residuals, kept.later) & (kept.later <= kept.own)
     plain = residuals <= NOT_PLAIN
     noise = float(residuals[plain].median()) if bool(plain.any()) else float(residuals.median())
-    misfits = ~plain & ~fits_own & ~fits_later
+    shifted, moved = _shifted(kept, residuals)
+    misfits = ~plain & ~moved
     numbers = sorted({int(one) for one in kept.batch})
     own_weights = {number: weights[(kept.batch == number) & plain] for number in numbers}
     middles = {number: float(own.median()) for number, own in own_weights.items() if len(own)}
@@ -111,8 +112,8 @@ def evenness(seen: Positions) -> Evenness:
         losses={number: float(kept.losses[kept.batch == number].mean()) for number in numbers},
         smoothing=smoothing,
         noise=noise,
-        own=int(fits_own.sum()),
-        later=int(fits_later.sum()),
+        shifted=shifted,
+        moved=int(moved.sum()),
         positions=len(weights),
     )
 
@@ -134,9 +135,15 @@ def _by_sequence(sequences: torch.Tensor, weights: torch.Tensor, where: torch.Te
     }
 
 
-def _shifted(residuals: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Positions that another target explains, and the next token does not."""
-    return (residuals > NOT_PLAIN) & (other < NOT_PLAIN / 2)
+def _shifted(seen: Positions, residuals: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """Which other target explains the positions that the next token does not, and which of them. One that explains but
+    a few is a coincidence: tokens repeat."""
+    odd = residuals > NOT_PLAIN
+    fits = {name: odd & (getattr(seen, name) < NOT_PLAIN / 2) for name in ("own", "later", "before")}
+    best = max(fits, key=lambda name: int(fits[name].sum()))
+    if 2 * int(fits[best].sum()) > int(odd.sum()):
+        return best, fits[best]
+    return "", torch.zeros_like(odd)
 
 
 def _tokens(seen: Positions, numbers: list[int]) -> dict[int, int]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 _ELEMENTS = 2**21  # of a piece of the logits, or of the matrix: 16 MiB in float64
-_EXACT_WORK = 2**33  # products up to this many multiplications are done in float64, larger ones in float32
+_EXACT_WORK = 2**22  # products up to this many multiplications are done in float64, larger ones in float32
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,19 @@ def _directions(
     logits = torch.cat([states @ piece.to(wide).T for _, piece in pieces()], 1)
     logits, slope = _made(logits, output, output.bias)
     shares = torch.softmax(logits, -1)
-    weighted, mean = torch.zeros_like(states), torch.zeros_like(states)
+    weighted = torch.zeros_like(states)
+    mean = (
+        torch.zeros_like(states)
+        if isinstance(slope, torch.Tensor)
+        else output.scale * output.matrix.detach().mean(0, dtype=wide)
+    )
     for where, piece in pieces():
-        there = slope if isinstance(slope, float) else slope[:, where]
-        weighted += (shares[:, where] * there) @ piece.to(wide)
-        mean += (torch.full_like(shares[:, where], 1 / vocabulary) * there) @ piece.to(wide)
+        rows_of = piece.to(wide)
+        if isinstance(slope, torch.Tensor):
+            weighted += (shares[:, where] * slope[:, where]) @ rows_of
+            mean += slope[:, where] @ rows_of / vocabulary
+        else:
+            weighted += output.scale * (shares[:, where] @ rows_of)
     pull, own = _pull(hidden, output, targets)
     losses = torch.logsumexp(logits, -1).to(torch.float64) - own
     return weighted.to(torch.float64) - pull, pull - mean.to(torch.float64), losses

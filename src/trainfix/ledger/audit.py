@@ -31,6 +31,7 @@ class Finding:
     ranks that should hold the same gradient hold different ones. missing: ranks that did not report. differing: ranks
     whose model has other parameters. given_up: the first backwards of the window, by rank, that another optimizer's
     step or a gradient that was not finite may have put an end to: they are left out of `backwards`.
+    silent: parameters that no micro-batch of any rank brought a gradient for.
     incomplete: why the window cannot be judged, "" where it can.
     tokens: float64 [number of tokens.COLUMNS + 2, positions of all ranks]: rank and backward's number come first.
     """
@@ -47,6 +48,7 @@ class Finding:
     missing: tuple[int, ...]
     differing: tuple[int, ...]
     given_up: Mapping[int, int]
+    silent: tuple[str, ...]
     incomplete: str
     unseen: int
     tokens: torch.Tensor
@@ -215,10 +217,16 @@ class Audit:
             missing=missing,
             differing=differing,
             given_up={rank: begin for rank, begin in begins.items() if begin},
+            silent=tuple(name for name, used in zip(names, self._used(self._earlier), strict=True) if not used),
             incomplete=incomplete,
             unseen=sum(int(seen.state[0]) for seen in here.values()),
             tokens=torch.cat([seen.tokens for seen in here.values()], 1),
         )
+
+    def _used(self, rows: torch.Tensor) -> list[bool]:
+        """Whether each parameter has a contribution in any of these rows [backwards, elements]."""
+        sizes = [len(places) for places in self._sample.values()]
+        return [bool(part.any()) for part in torch.split(rows, sizes, 1)]
 
     def _balanced(
         self, here: Mapping[int, Seen], consumed: torch.Tensor, owner: torch.Tensor, begins: Mapping[int, int]

@@ -112,8 +112,15 @@ def judge(found: Finding) -> Verdict:
             remarks.append(
                 f"gradients are added up in less precision than they come in: off by up to {found.balance.rough:.1%}"
             )
+    if found.silent:
+        listed = ", ".join(found.silent[:3]) + (", ..." if len(found.silent) > 3 else "")
+        count = f"{len(found.silent)} of {found.parameters} parameters that are stepped"
+        remarks.append(f"{count} got no gradient from any micro-batch: {listed}")
     for rank, number in found.given_up.items():
-        remarks.append(f"rank {rank}: {number} backwards before another optimizer's step were not consumed")
+        remarks.append(
+            f"rank {rank}: {number} backwards were not consumed: another optimizer's step or a gradient that was not "
+            "finite came after them"
+        )
     scale = None
     if tokens is not None:
         more, notes = _of_tokens(tokens, flags, found)

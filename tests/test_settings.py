@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +97,56 @@ def test_the_tiers_of_the_settings_are_those_of_the_gradient_copy() -> None:
     from trainfix.gradcopy import choice
 
     assert set(settings.GRADCOPY) == {"auto", *choice.ORDER[True, True]}
+
+
+@pytest.mark.parametrize(
+    ("value", "first", "every", "action", "out"),
+    [
+        ("1", 2, 0, "warn", None),
+        ("first:3", 3, 0, "warn", None),
+        ("first:2,every:500,action=warn,out=ledger", 2, 500, "warn", "ledger"),
+        ("every=10, first=0 ,action:stop", 0, 10, "stop", None),
+        ("action=stop,out=folder, with a comma", 2, 0, "stop", "folder, with a comma"),
+        ("out=x", 2, 0, "warn", "x"),
+    ],
+)
+def test_what_the_ledger_is_asked_for(value: str, first: int, every: int, action: str, out: str | None) -> None:
+    found = settings.read({"TRAINFIX_LEDGER": value}).ledger
+    assert found is not None
+    assert (found.first, found.every, found.action, found.out) == (first, every, action, out)
+
+
+@pytest.mark.parametrize("value", ["", "0", " "])
+def test_no_ledger_is_asked_for(value: str) -> None:
+    assert settings.read({"TRAINFIX_LEDGER": value}).ledger is None
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        ("frist:2", "frist"),
+        ("first:two", "first"),
+        ("first:-1", "first"),
+        ("action=halt", "action"),
+        ("first:0", "first"),
+        ("yes", "yes"),
+    ],
+)
+def test_a_ledger_that_means_nothing_says_where_and_what_is_valid(value: str, key: str) -> None:
+    with pytest.raises(settings.SettingsError) as raised:
+        settings.read({"TRAINFIX_LEDGER": value})
+    assert f"means nothing at '{key}'" in str(raised.value)
+    assert "first:2,every:500,action=warn,out=ledger" in str(raised.value)
+
+
+def test_applying_a_repair_where_only_the_ledger_runs_keeps_the_ledger(tmp_path: Path) -> None:
+    script = (
+        "import trainfix\n"
+        "from trainfix.engine import finder\n"
+        "before = finder.current.mode\n"
+        "trainfix.apply('TF-0001')\n"
+        "print(before, finder.current.mode, finder.current.ledger.first)"
+    )
+    env = {**os.environ, "TRAINFIX": "off", "TRAINFIX_LEDGER": "first:7"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert done.stdout == "off on 7\n", done.stderr

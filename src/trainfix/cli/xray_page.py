@@ -68,7 +68,10 @@ def _window(window: Window) -> Iterator[str]:
         yield "<h3>Token weights</h3>" + _bars(rows)
     yield "<details><summary>Table</summary>" + _table(rows) + "</details>"
     if window["parameters"]:
-        named = (f"<li><code>{escape(name)}</code> {value:.4g}</li>" for name, value in window["parameters"].items())
+        named = (
+            f"<li><code>{escape(name)}</code> {'more arrives than came in' if value is None else f'{value:.4g}'}</li>"
+            for name, value in window["parameters"].items()
+        )
         yield "<h3>Parameters that are off, and by which factor</h3><ul>" + "".join(named) + "</ul>"
 
 

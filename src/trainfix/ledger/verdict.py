@@ -87,7 +87,9 @@ class Verdict:
             "residual": balance.residual if balance else None,
             "determined": balance.determined if balance else None,
             "gradient_scale": balance.scale if balance else None,
-            "parameters": dict(list(found.outliers.items())[:100]),
+            "parameters": {
+                name: scale if math.isfinite(scale) else None for name, scale in list(found.outliers.items())[:100]
+            },
             "token_weights": None if tokens is None else tokens.verdict,
             "label_smoothing": tokens.smoothing if tokens else None,
             "noise": tokens.noise if tokens else None,
@@ -197,7 +199,9 @@ def _parameters(found: Finding) -> str:
 
 
 def _factor(scale: float) -> str:
-    return "nothing arrives" if abs(scale) < _OFF else f"{scale:.3g} times what it should be"
+    if abs(scale) < _OFF:
+        return "nothing arrives"
+    return f"{scale:.3g} times what it should be" if math.isfinite(scale) else "more arrives than came in"
 
 
 def _looked_at(found: Finding) -> int:

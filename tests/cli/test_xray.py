@@ -224,6 +224,7 @@ def test_a_page_escapes_what_it_is_given():
         "exit": 3,
         "state": "could not tell",
         "notes": ["<b>"],
+        "remarks": [],
         "windows": [],
     }
     page = xray_page.html(report)

@@ -339,7 +339,7 @@ def test_a_model_inside_another_that_is_called_first_gives_way_to_it(watched):
 
 def test_an_error_of_the_ledger_ends_it_and_not_the_run(watched, monkeypatch):
     watch, model = watched(first=2), Network()
-    monkeypatch.setattr("trainfix.ledger.watch.judge", lambda found: 1 / 0)
+    monkeypatch.setattr("trainfix.ledger.watch.judge", lambda *_: 1 / 0)
     alone = train(model=model)
     assert alone.isfinite().all()
     assert [text for text in watch.said if "gave up: ZeroDivisionError" in text]

@@ -32,7 +32,7 @@ def even(value=1 / 46):
     return [[[value] * count] for count in COUNTS]
 
 
-@pytest.mark.parametrize("value", [1 / 46, 1.0, 1e-6, -2.0])
+@pytest.mark.parametrize("value", [1 / 46, 1.0, 1e-6])
 def test_equal_weights_are_even_at_any_size_and_add_up(value):
     found = evenness(window(even(value)))
     assert found.verdict == "even"
@@ -74,9 +74,9 @@ def test_a_weighted_loss_that_is_averaged_micro_batch_by_micro_batch_is_uneven()
     assert evenness(window(weights)).verdict == "uneven"
 
 
-def test_weights_of_both_signs_are_a_preference():
-    found = evenness(window([[[1.0] * 4, [-1.0] * 4]]))
-    assert found.verdict == "both signs"
+@pytest.mark.parametrize("other", [1.0, -0.5])
+def test_negative_weights_are_a_preference(other):
+    assert evenness(window([[[other] * 4, [-1.0] * 4]])).verdict == "negative"
 
 
 def test_what_no_weight_explains_is_not_plain():

@@ -156,6 +156,7 @@ def _report(
 
     windows = [record for record in records if record["kind"] == "window"]
     notes = [record["text"] for record in records if record["kind"] == "note"]
+    remarks = [record["text"] for record in records if record["kind"] == "remark"]
     states = [window["state"] for window in windows]
     if "not balanced" in states:
         state = "not balanced"
@@ -175,6 +176,7 @@ def _report(
         "exit": EXITS[state],
         "state": state,
         "notes": notes,
+        "remarks": remarks,
         "windows": windows,
     }
 
@@ -194,7 +196,7 @@ def _text(report: Mapping[str, Any], args: argparse.Namespace) -> str:
     for window in windows:
         told = window["problems"] or window["unclear"] or ["balanced"]
         lines += [f"  window {window['window']} ({window['optimizer']}): {text}" for text in told]
-    remarks = dict.fromkeys(remark for window in windows for remark in window["remarks"])
+    remarks = dict.fromkeys(remark for window in [*windows, report] for remark in window["remarks"])
     lines += [f"  remark: {remark}" for remark in remarks]
     lines += [f"  note: {note}" for note in dict.fromkeys(report["notes"])]
     lines.append(f"  repairs: {report['repairs']} ({report['repairs_because']})")

@@ -42,7 +42,7 @@ def html(report: Mapping[str, Any]) -> str:
         f"<h1>trainfix xray: <span class='{'bad' if wrong else 'good'}'>{escape(report['state'])}</span></h1>",
         f"<p class='soft'><code>{escape(' '.join(report['command']))}</code><br>trainfix {escape(report['trainfix'])}, "
         f"its repairs {escape(report['repairs'])} ({escape(report['repairs_because'])})</p>",
-        *(f"<p>{escape(note)}</p>" for note in dict.fromkeys(report["notes"])),
+        *(f"<p>{escape(note)}</p>" for note in dict.fromkeys([*report["notes"], *report["remarks"]])),
         *(part for window in report["windows"] for part in _window(window)),
         "<h2>How to read it</h2><p class='soft'>A coefficient is the weight with which a micro-batch's gradient "
         "reached the optimizer: 1 is right, 0 is dropped, 2 is counted twice. A token's weight is that with which it "

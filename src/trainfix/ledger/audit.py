@@ -19,20 +19,19 @@ from trainfix.measure.balance import Balance, balance
 # What sums in the parameters' dtype may be off by, relative to the size of what is added up.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
-_UNEXPLAINED = 0.05
-
 
 @dataclass(frozen=True)
 class Finding:
     """What a window's audit says. backwards: (rank, number) of each contribution in `balance`.
 
-    of_ranks: rank -> the balance of what is consumed there alone, where one mixture does not explain it all.
+    of_ranks: rank -> the balance of what is consumed there alone, where the whole is not balanced.
     outliers: name -> its own scale relative to the window's, the worst first. apart: the share of elements at which
-    ranks that should hold the same gradient hold different ones. missing: ranks that did not report. differing: ranks
-    whose model has other parameters. given_up: the first backwards of the window, by rank, that another optimizer's
-    step or a gradient that was not finite may have put an end to: they are left out of `backwards`.
-    silent: parameters that no micro-batch of any rank brought a gradient for.
-    incomplete: why the window cannot be judged, "" where it can.
+    ranks that should hold the same gradient hold different ones. parameters: how many are stepped. missing: ranks that
+    did not report. differing: ranks whose model has other parameters. given_up: the first backwards of the window, by
+    rank, that another optimizer's step or a gradient that was not finite may have put an end to: they are left out of
+    `backwards`. size: norm of the sum of the contributions, over the sample. silent: parameters that no micro-batch of
+    any rank brought a gradient for. incomplete: why the window cannot be judged, "" where it can. unseen: forward
+    passes whose tokens could not be looked at.
     tokens: float64 [number of tokens.COLUMNS + 2, positions of all ranks]: rank and backward's number come first.
     """
 
@@ -48,6 +47,7 @@ class Finding:
     missing: tuple[int, ...]
     differing: tuple[int, ...]
     given_up: Mapping[int, int]
+    size: float
     silent: tuple[str, ...]
     incomplete: str
     unseen: int
@@ -81,9 +81,10 @@ class Audit:
         sample: Mapping[str, torch.Tensor],
         group: object,
         *,
+        book: str = "",
         number: int = 1,
     ) -> None:
-        self.name, self._homes = name, homes
+        self.name, self._homes, self._book = name, homes, book
         self._sample = {one: sample[one] for one in homes}
         self.ranks = agreement.join(group)
         self._own = 0 if self.ranks is None else self.ranks.own
@@ -95,6 +96,10 @@ class Audit:
         self.windows = number - 1  # judged, or before
         self.calls = 1  # of the step of the optimizer that ends a window, in one
         self.position = 0  # the backward that this window begins with
+
+    def key(self) -> str:
+        """The name of the window that was judged last, the same on every rank."""
+        return f"{self._book}/{self.name}/{self.windows}"
 
     def is_whole(self, optimizer: torch.optim.Optimizer) -> bool:
         """Take what this call of the optimizer's step consumes. Whether the window is now known as a whole."""
@@ -129,7 +134,7 @@ class Audit:
         mine = self._seen(rows, tokens, cuts, parts, full=full, unseen=unseen)
         if self.ranks is None:
             return self._judged({0: mine})
-        found = exchange.gather(self.ranks, f"{self.name}/{self.windows}", mine._asdict())
+        found = exchange.gather(self.ranks, self.key(), mine._asdict())
         if found is None:
             return None
         return self._judged({rank: None if part is None else Seen(**part) for rank, part in found.items()})
@@ -217,6 +222,7 @@ class Audit:
             missing=missing,
             differing=differing,
             given_up={rank: begin for rank, begin in begins.items() if begin},
+            size=float(torch.linalg.vector_norm(self._earlier.sum(0))),
             silent=tuple(name for name, used in zip(names, self._used(self._earlier), strict=True) if not used),
             incomplete=incomplete,
             unseen=sum(int(seen.state[0]) for seen in here.values()),
@@ -253,10 +259,9 @@ class Audit:
         found = balanced(torch.ones_like(owner, dtype=torch.bool))
         if bool(rows.any()) and not bool(consumed.any()):  # what nothing arrives of has no scale to differ from
             found = replace(found, verdict="unbalanced", coefficients=(0.0,) * len(rows))
-        unexplained = found.residual > _UNEXPLAINED and len(here) > 1
-        return found, (
-            {rank: balanced(owner == rank) for rank in here if bool((owner == rank).any())} if unexplained else {}
-        )
+        if found.verdict != "unbalanced" or len(here) < 2:
+            return found, {}
+        return found, {rank: balanced(owner == rank) for rank in here if bool((owner == rank).any())}
 
 
 def _rounding(dtypes: Collection[torch.dtype]) -> float:

@@ -24,10 +24,18 @@ class _Model(NamedTuple):
 
 class Book:
     """Listens to models until it is closed, for some windows in a row. Every finding goes to `judged`, on the first
-    rank only; what cannot be read to `told`, as a text. number: of the first window."""
+    rank only; what cannot be read to `told`, as a text. name: that of the other ranks' books, and of no other of this
+    process. number: of the first window."""
 
-    def __init__(self, judged: Callable[[Finding], object], told: Callable[[str], object], *, number: int = 1) -> None:
-        self._judged, self._told, self._number = judged, told, number
+    def __init__(
+        self,
+        judged: Callable[[Finding], object],
+        told: Callable[[str], object],
+        *,
+        name: str = "",
+        number: int = 1,
+    ) -> None:
+        self._judged, self._told, self._name, self._number = judged, told, name, number
         self.has_failed = False
         self._capture = Capture(self._failed)
         self._capture.attach()
@@ -142,7 +150,7 @@ class Book:
         if not homes:
             return None
         name = type(owner).__name__ + (f" {len(self.audits) + 1}" if self.audits else "")
-        audit = Audit(name, homes, self._sample, groups[0], number=self._number)
+        audit = Audit(name, homes, self._sample, groups[0], book=self._name, number=self._number)
         self.audits[id(owner)] = audit
         return audit
 

@@ -24,7 +24,9 @@ class Sink:
         say = report.inform if verdict.state == BALANCED else _warn
         say(f"trainfix ledger: {verdict.line()}")
         for remark in verdict.remarks:
-            self._once(remark)
+            if remark not in self._said:
+                self._said.add(remark)
+                report.inform(f"trainfix ledger: {remark}")
         self._write({"kind": "window", **verdict.record()})
 
     def note(self, text: str) -> None:
@@ -34,10 +36,10 @@ class Sink:
             report.warn(f"trainfix ledger: {text}", every_rank=True)
             self._write({"kind": "note", "text": text})
 
-    def _once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            report.inform(f"trainfix ledger: {text}")
+    def remark(self, text: str) -> None:
+        """What is worth knowing beside the windows."""
+        report.inform(f"trainfix ledger: {text}")
+        self._write({"kind": "remark", "text": text})
 
     def _write(self, record: dict[str, object]) -> None:
         if self._file is None:

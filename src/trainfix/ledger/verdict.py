@@ -19,6 +19,7 @@ BALANCED, UNBALANCED, UNCLEAR = "balanced", "not balanced", "could not tell"
 _OFF = 0.02  # coefficients and scales that are off by more are named
 _ROUGH = 0.25  # the absolute scale, where gradients are so rough that label smoothing cannot be told from a smaller one
 _LEAST_LOSS_SCALE = 2**7
+_SAME = 1e-5
 _SHOWN = 6
 
 
@@ -97,8 +98,8 @@ class Verdict:
         }
 
 
-def judge(found: Finding) -> Verdict:
-    """The verdict on a window."""
+def judge(found: Finding, before: Finding | None = None) -> Verdict:
+    """The verdict on a window. before: the finding on the same optimizer's window before."""
     seen, flags = _positions(found)
     tokens = evenness(seen) if len(seen.batch) else None
     if tokens is not None and tokens.verdict == "nothing":
@@ -128,7 +129,7 @@ def judge(found: Finding) -> Verdict:
         more, notes = _of_tokens(tokens, flags, found)
         problems += more
         remarks += notes
-        scale = None if found.incomplete else _scale(tokens, found)
+        scale = None if found.incomplete else _scale(tokens, found, before)
         if scale is not None and abs(scale - 1) > (max(_OFF, 5 * tokens.noise) if tokens.noise < 1e-3 else _ROUGH):
             problems += _of_scale(scale, tokens, remarks)
     elif found.unseen:
@@ -143,6 +144,10 @@ def _of_balance(found: Finding, balance: Balance) -> Iterator[str]:
         return
     if found.of_ranks and all(_only_own(found, rank, one) for rank, one in found.of_ranks.items()):
         yield "each rank consumes its own micro-batches alone: the gradients are not averaged over the ranks"
+        return
+    if found.of_ranks and all(one.verdict == "balanced" for one in found.of_ranks.values()):
+        scales = ", ".join(f"{one.scale * found.ranks:.3g} on rank {rank}" for rank, one in found.of_ranks.items())
+        yield f"ranks scale their parts of the gradient differently: {scales}"
         return
     told = list(_coefficients(found, balance))
     if balance.residual > _OFF:
@@ -235,7 +240,7 @@ def _of_tokens(tokens: Evenness, flags: dict[str, int], found: Finding) -> tuple
         problems.append(_uneven(tokens, found))
     notes = {
         "not plain": "the loss is not a plain next-token loss: token weights are not judged",
-        "both signs": "token weights have both signs, as in a preference or policy loss: they are not judged",
+        "negative": "some token weights are negative, as in a preference or policy loss: they are not judged",
         "token by token": "weights vary from token to token, as in a weighted loss: they are not judged",
     }
     if tokens.verdict in notes:
@@ -271,7 +276,7 @@ def _name(found: Finding, number: int) -> str:
     return f"micro-batch {backward + 1}" + (f" of rank {rank}" if found.ranks > 1 else "")
 
 
-def _scale(tokens: Evenness, found: Finding) -> float | None:
+def _scale(tokens: Evenness, found: Finding, before: Finding | None) -> float | None:
     """The consumed gradient relative to that of the mean loss per token, before clipping; None if it cannot be seen."""
     if tokens.verdict not in ("even", "uneven") or found.balance is None or tokens.shifted:
         return None
@@ -281,14 +286,24 @@ def _scale(tokens: Evenness, found: Finding) -> float | None:
     consumed, mean = total * found.balance.scale, total / found.ranks
     limit = max(_OFF, 5 * tokens.noise)
     reached = found.balance.scale * found.ranks  # below 1 where the gradient is clipped, or was scaled up before
-    if abs(consumed - 1) <= limit or (abs(mean - 1) <= limit and reached <= 1 + limit):
+    if abs(consumed - 1) <= limit:
         return 1.0
+    if abs(mean - 1) <= limit and reached <= 1 + limit:
+        return consumed if _is_constant(found, before) else 1.0
     # A loss scale is a power of two, and is taken back before the step.
     power = round(math.log2(mean)) if mean > 0 else 0
     if 2**power >= _LEAST_LOSS_SCALE and reached * 2**power <= 1 + limit:
         unscaled: float = mean / 2**power
         return 1.0 if abs(unscaled - 1) <= limit else unscaled
     return consumed if consumed > 1 else mean
+
+
+def _is_constant(found: Finding, before: Finding | None) -> bool:
+    """Whether two windows of different size are scaled down by the same factor, which clipping would not do."""
+    if before is None or before.balance is None or found.balance is None or before.balance.verdict != "balanced":
+        return False
+    alike = abs(before.balance.scale / found.balance.scale - 1) < _SAME
+    return alike and abs(before.size / found.size - 1) > _OFF
 
 
 def _of_scale(scale: float, tokens: Evenness, remarks: list[str]) -> list[str]:

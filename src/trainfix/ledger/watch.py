@@ -7,6 +7,7 @@ audited windows one of these is left, which counts steps.
 from __future__ import annotations
 
 import gc
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -20,9 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from trainfix import settings
 from trainfix.engine.errors import UnbalancedError
-from trainfix.ledger import exchange
+from trainfix.ledger import exchange, trainer_log
 from trainfix.ledger.audit import Finding
 from trainfix.ledger.book import Book
+from trainfix.ledger.consumers import stepped
 from trainfix.ledger.schedule import Schedule
 from trainfix.ledger.sink import Sink, is_wrong
 from trainfix.ledger.verdict import Verdict, judge
@@ -30,6 +32,7 @@ from trainfix.ledger.verdict import Verdict, judge
 _PATIENCE = 8  # calls of an optimizer's step; DeepSpeed makes some before anything is trained
 
 _started: Watch | None = None
+_numbers = itertools.count()  # of this process's watches, in the same order on every rank
 
 
 def start(wanted: settings.Ledger) -> Watch:
@@ -47,6 +50,7 @@ class Watch:
     def __init__(self, wanted: settings.Ledger, sink: Sink, only: torch.optim.Optimizer | None = None) -> None:
         self._schedule = Schedule(wanted.first, wanted.every)
         self._stops, self._sink, self._only = wanted.action == "stop", sink, only
+        self._name = str(next(_numbers))
         self._book: Book | None = None
         self._over = False
         self._counter: RemovableHandle | None = None
@@ -58,6 +62,7 @@ class Watch:
         self._known: dict[int, weakref.ref[torch.nn.Module]] = {}  # by id: every call of every module asks
         self._searched: dict[int, int] = {}
         self._primary: weakref.ref[torch.optim.Optimizer] | None = None
+        self._follows = False  # transformers' Trainer, and what it logs
         self._rest = 0  # calls of the primary optimizer's step that are only counted
         self._last = 0  # of the windows in a row that are audited
         self._next = 1  # the first of them
@@ -100,7 +105,7 @@ class Watch:
     def _open(self, window: int) -> None:
         """Listen to this window, and to those after it that are audited."""
         self._next, self._last = window, self._schedule.last_of(window)
-        self._book = Book(self._judged, self._sink.note, number=window)
+        self._book = Book(self._judged, self._sink.note, name=self._name, number=window)
         # What is compiled is called under a hook of ours for a while; torch warns of hooks that fire twice.
         warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are global hooks")
         self._finding = register_module_forward_pre_hook(self._safe(self._called))
@@ -120,7 +125,9 @@ class Watch:
             self._book = None
 
     def _judged(self, found: Finding) -> None:
-        verdict = judge(found)
+        earlier = (one.finding for one in reversed(self.verdicts) if one.finding.optimizer == found.optimizer)
+        before = next(earlier, None)
+        verdict = judge(found, before if before is not None and before.window == found.window - 1 else None)
         self.verdicts.append(verdict)
         self._sink.verdict(verdict)
 
@@ -193,6 +200,9 @@ class Watch:
 
     def _step(self, book: Book, optimizer: torch.optim.Optimizer) -> None:
         before = len(self.verdicts)
+        if not self._follows:
+            self._follows = True
+            trainer_log.follow(self.verdicts, self._sink.remark)
         if book.audit(optimizer) is None:
             self._search(book, optimizer)
         if not book.step(optimizer):
@@ -203,7 +213,7 @@ class Watch:
         assert audit is not None
         wrong = [one for one in self.verdicts[before:] if is_wrong(one)]
         if self._stops:
-            self._stop_if_wrong(audit.ranks, f"{audit.name}/{audit.windows}", wrong)
+            self._stop_if_wrong(audit.ranks, audit.key(), wrong)
         first = self._primary()
         primary = None if first is None else book.audit(first)
         if primary is None:
@@ -237,20 +247,20 @@ class Watch:
     def _search(self, book: Book, optimizer: torch.optim.Optimizer) -> None:
         """Find the model of an optimizer whose forward pass is compiled and was not seen, once, at its second call."""
         calls = self._searched[id(optimizer)] = self._searched.get(id(optimizer), 0) + 1
-        if calls == _PATIENCE:
-            self._sink.note(f"{type(optimizer).__name__} steps parameters of no model that was seen: it is not audited")
-        if calls != 2:
-            return
-        own = {id(one) for group in optimizer.param_groups for one in group["params"]}
-        found = [
-            one
-            for one in gc.get_objects()
-            if issubclass(type(one), torch.nn.Module) and any(id(parameter) in own for parameter in one.parameters())
-        ]
-        if found:
-            root = max(found, key=lambda one: sum(1 for _ in one.modules()))
+        root = _holder(optimizer) if calls == 2 else None
+        if root is not None:
             self._know(root)
             self._find(book, root)
+        elif calls == (2 if self._only is not None else _PATIENCE):
+            self._sink.note(f"{type(optimizer).__name__} steps parameters of no model that was seen: it is not audited")
+
+
+def _holder(optimizer: torch.optim.Optimizer) -> torch.nn.Module | None:
+    """The largest module that has parameters of this optimizer."""
+    own = stepped(optimizer)
+    modules = [one for one in gc.get_objects() if issubclass(type(one), torch.nn.Module)]
+    found = [one for one in modules if any(id(parameter) in own for parameter in one.parameters())]
+    return max(found, key=lambda one: sum(1 for _ in one.modules()), default=None)
 
 
 def _closure(args: tuple[Any, ...], named: dict[str, Any]) -> bool:

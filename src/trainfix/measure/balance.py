@@ -113,7 +113,10 @@ def _by_parameter(
     total = rows.sum(0)
     square, along = per_parameter(total * total), per_parameter(total * got)
     own = torch.where(square > 0, along / torch.where(square > 0, square, 1.0), torch.inf)
-    seen = torch.sort(own[square > 0]).values
+    there = (
+        own[(square > 0) & (own.abs() > 1e-6 * own[square > 0].abs().max())] if bool((square > 0).any()) else own[:0]
+    )
+    seen = torch.sort(there).values  # of parameters for which anything arrived
     scale = float(seen[len(seen) // 2]) if len(seen) else 0.0
     size = torch.stack([per_parameter(row * row).sqrt() for row in rows]).sum(0) * abs(scale)
     off = per_parameter((got - scale * total) ** 2).sqrt()

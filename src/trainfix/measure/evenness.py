@@ -46,8 +46,8 @@ class Evenness:
     """What a window's loss is made of.
 
     verdict: even; uneven: tokens count differently by micro-batch or sequence, or in steps within one; not plain: this
-    is no next-token loss with one weight per token; both signs: a preference or policy loss; token by token: weights
-    that vary freely; nothing: no trained position was seen.
+    is no next-token loss with one weight per token; negative: some tokens are made less likely, a preference or policy
+    loss; token by token: weights that vary freely; nothing: no trained position was seen.
     weights: micro-batch -> its tokens' weight relative to the mean over tokens, 1 = right. tokens: micro-batch -> how
     many are trained. within: micro-batches whose own tokens differ, with the weight of each of their sequences' tokens.
     sums: micro-batch -> the sum of its tokens' weights,
@@ -97,8 +97,8 @@ def evenness(seen: Positions) -> Evenness:
     values = torch.tensor(list(relative.values()), dtype=torch.float64)
     if float(misfits.double().mean()) > 0.1 or not middles:
         verdict = "not plain"
-    elif bool((weights[plain] < 0).any() and (weights[plain] > 0).any()):
-        verdict = "both signs"
+    elif bool((weights[plain] < 0).any()):
+        verdict = "negative"
     elif within and _is_free(kept, weights, plain, limit):
         verdict = "uneven" if _are_means(middles, tokens) else "token by token"
     else:

@@ -69,4 +69,6 @@ print(json.dumps([early, public, words]))
     early, public, words = bare(script)
     assert early == ["json.decoder"]
     assert public == ["UnbalancedError", "UnfixedBugError", "__version__", "apply", "ledger", "revert", "status"]
-    assert words.startswith("module 'trainfix' has no attribute 'aply'; it has UnbalancedError, UnfixedBugError, __version__, apply")
+    assert words.startswith(
+        "module 'trainfix' has no attribute 'aply'; it has UnbalancedError, UnfixedBugError, __version__, apply"
+    )

@@ -280,7 +280,8 @@ def _scale(tokens: Evenness, found: Finding, before: Finding | None) -> float | 
     """The consumed gradient relative to that of the mean loss per token, before clipping; None if it cannot be seen."""
     if tokens.verdict not in ("even", "uneven") or found.balance is None or tokens.shifted:
         return None
-    if len(tokens.tokens) < len(found.backwards) or found.balance.verdict == "unbalanced":
+    seen = {(int(rank), int(number)) for rank, number in zip(found.tokens[0], found.tokens[1], strict=True)}
+    if not seen.issuperset(found.backwards) or found.balance.verdict == "unbalanced":
         return None
     total = sum(tokens.sums.values())
     consumed, mean = total * found.balance.scale, total / found.ranks
@@ -303,7 +304,7 @@ def _is_constant(found: Finding, before: Finding | None) -> bool:
     if before is None or before.balance is None or found.balance is None or before.balance.verdict != "balanced":
         return False
     alike = abs(before.balance.scale / found.balance.scale - 1) < _SAME
-    return alike and abs(before.size / found.size - 1) > _OFF
+    return alike and abs(before.size / found.size - 1) > 100 * _SAME
 
 
 def _of_scale(scale: float, tokens: Evenness, remarks: list[str]) -> list[str]:

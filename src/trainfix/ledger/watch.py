@@ -35,13 +35,16 @@ _started: Watch | None = None
 _numbers = itertools.count()  # of this process's watches, in the same order on every rank
 
 
-def start(wanted: settings.Ledger) -> Watch:
-    """Audit this process from now on, once."""
+def start(wanted: settings.Ledger) -> None:
+    """Audit this process from now on, once. An error of ours is said, and does not break the import that led here."""
     global _started
     if _started is None:
-        _started = Watch(wanted, Sink(wanted.out))
-        _started.begin()
-    return _started
+        sink = Sink(wanted.out)
+        _started = Watch(wanted, sink)
+        try:
+            _started.begin()
+        except Exception as error:
+            sink.note(f"does not begin: {type(error).__name__}: {error} (training goes on without it)")
 
 
 class Watch:

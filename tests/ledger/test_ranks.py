@@ -29,8 +29,9 @@ def findings(fault):
     ]
     outputs = [rank.communicate(timeout=120) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert outputs[1][0] == ""
-    return [json.loads(line) for line in outputs[0][0].splitlines()]
+    said = [[json.loads(line) for line in out.splitlines()] for out, _ in outputs]
+    assert fault == "stop" or said[1] == []
+    return said if fault == "stop" else said[0]
 
 
 @pytest.mark.parametrize("fault", ["none", "uneven"])
@@ -52,3 +53,15 @@ def test_ranks_that_are_never_averaged_are_seen_to_go_apart():
     first, _ = findings("never averaged")
     assert first["verdict"] == "unbalanced"
     assert first["apart"] > 0.5
+
+
+def test_every_rank_stops_before_a_step_that_is_wrong_on_one():
+    first, second = findings("stop")
+    for said in (first, second):
+        assert [one["window"] for one in said] == [0]
+        assert "micro-batches 1, 2 of rank 1 of 6 are dropped" in said[0]["stopped"]
+
+
+def test_a_rank_that_does_not_report_is_named_after_a_while_and_nobody_hangs():
+    for found in findings("one rank is off"):
+        assert found["missing"] == [1]

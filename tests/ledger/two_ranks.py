@@ -13,7 +13,12 @@ import sys
 import torch
 
 from tests.ledger.test_plain import Network, listen, loss_of
+from trainfix import settings
+from trainfix.engine.errors import UnbalancedError
+from trainfix.ledger import exchange
 from trainfix.ledger.audit import Finding
+from trainfix.ledger.sink import Sink
+from trainfix.ledger.watch import Watch
 
 
 def say(found: Finding) -> None:
@@ -30,7 +35,11 @@ def main() -> None:
     torch.manual_seed(0)
     model = torch.nn.parallel.DistributedDataParallel(Network())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    listen(model, optimizer, say)
+    if fault == "stop":
+        Watch(settings.Ledger(first=2, action="stop"), Sink(None)).begin()
+    elif fault != "one rank is off" or rank == "0":
+        exchange.TIMEOUT_SECONDS = 2.0
+        listen(model, optimizer, say)
     for window in range(2):
         steps = 3 + int(rank) if fault == "uneven" else 3
         for number in range(steps):
@@ -38,10 +47,14 @@ def main() -> None:
             alone = number < steps - 1 or fault == "never averaged"
             with model.no_sync() if alone else contextlib.nullcontext():
                 (loss_of(model, 100 * int(rank) + 10 * window + number) / steps).backward()
-            if fault == "dropped on the second rank" and rank == "1" and number == 1:
+            if fault in ("dropped on the second rank", "stop") and rank == "1" and number == 1:
                 for one in model.parameters():
                     one.grad.zero_()
-        optimizer.step()
+        try:
+            optimizer.step()
+        except UnbalancedError as error:
+            print(json.dumps({"stopped": str(error), "window": window}), flush=True)
+            break
         optimizer.zero_grad()
     torch.distributed.barrier()
 

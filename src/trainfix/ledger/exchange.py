@@ -19,10 +19,10 @@ _POLL_SECONDS = 0.05
 
 
 def gather(
-    ranks: Ranks, name: str, mine: Mapping[str, torch.Tensor], timeout: float = TIMEOUT_SECONDS
+    ranks: Ranks, name: str, mine: Mapping[str, torch.Tensor], timeout: float | None = None
 ) -> dict[int, dict[str, torch.Tensor] | None] | None:
     """Hand in `mine` under `name`, which every rank uses once. On the first rank: each rank's, None for one that has
-    not come within `timeout` seconds. On the others None, at once: they do not wait.
+    not come within `timeout` seconds (default TIMEOUT_SECONDS). On the others None, at once: they do not wait.
     """
     prefix = f"trainfix/ledger/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{ranks.ranks[0]}/{name}"
     if ranks.own != ranks.ranks[0]:
@@ -31,7 +31,7 @@ def gather(
         ranks.store.set(f"{prefix}/{ranks.own}", packed.getvalue())
         return None
     found: dict[int, dict[str, torch.Tensor] | None] = {ranks.own: dict(mine)}
-    end = time.monotonic() + timeout
+    end = time.monotonic() + (TIMEOUT_SECONDS if timeout is None else timeout)
     for rank in ranks.ranks[1:]:
         key = f"{prefix}/{rank}"
         while not (there := ranks.store.check([key])) and time.monotonic() < end:
@@ -43,7 +43,7 @@ def gather(
     return found
 
 
-def share(ranks: Ranks | None, name: str, text: str, timeout: float = TIMEOUT_SECONDS) -> str:
+def share(ranks: Ranks | None, name: str, text: str, timeout: float | None = None) -> str:
     """What the first rank says under `name`, on every rank; "" on one that waits for it longer than `timeout`."""
     if ranks is None:
         return text
@@ -51,7 +51,7 @@ def share(ranks: Ranks | None, name: str, text: str, timeout: float = TIMEOUT_SE
     if ranks.own == ranks.ranks[0]:
         ranks.store.set(key, text or " ")
         return text
-    end = time.monotonic() + timeout
+    end = time.monotonic() + (TIMEOUT_SECONDS if timeout is None else timeout)
     while not ranks.store.check([key]) and time.monotonic() < end:
         time.sleep(_POLL_SECONDS)
     return ranks.store.get(key).decode().strip() if ranks.store.check([key]) else ""

@@ -327,6 +327,41 @@ def test_a_frozen_body_and_a_frozen_head_are_even():
             assert one.tokens is None if frozen == "model" else one.tokens.verdict == "even"
 
 
+def test_an_encoder_decoder_is_read_by_its_decoders_ids():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()  # without dropout
+
+    def loss(model, one, total):
+        found = model(**one).logits.reshape(-1, VOCABULARY)
+        return torch.nn.functional.cross_entropy(found, one["labels"].reshape(-1), reduction="sum") / total
+
+    ones = [batch(number, prompt=0) for number in range(4)]
+    for one in audited(loss, model=model, batches=ones):
+        assert one.state == "balanced", one.line()
+        assert one.tokens.verdict == "even"
+
+
+def test_a_masked_model_is_audited_without_its_tokens():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCABULARY, **sizes)).eval()
+    for one in audited(lambda model, one, total: model(**one).loss / 4, model=model):
+        assert (one.state, one.tokens) == ("balanced", None)
+
+
+def test_a_classifier_is_audited_without_tokens():
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES, num_labels=3))
+
+    def loss(model, one, total):
+        return model(one["input_ids"], one["attention_mask"], labels=torch.tensor([0, 2])).loss / 4
+
+    for one in audited(loss, model=model):
+        assert (one.state, one.tokens) == ("balanced", None)
+
+
 def test_the_tiny_llama_of_the_proofs_is_read_too():
     for one in audited(model=tiny_llama()):
         assert (one.state, one.tokens.verdict) == ("balanced", "even")

@@ -117,6 +117,15 @@ def test_a_small_error_with_a_direction_is_no_roughness(coefficients):
     assert found.coefficients == pytest.approx(coefficients, abs=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_clipping_by_value_balances_and_what_is_lost_under_it_does_not(scale):
+    rows, parameters = window()
+    found = balance(rows, mixed(rows, [1] * 4, scale).clamp(-0.3, 0.3).float(), parameters)
+    assert (found.verdict, found.clipped_at) == ("balanced", pytest.approx(0.3))
+    assert found.scale == pytest.approx(scale)
+    assert balance(rows, mixed(rows, [1, 0, 1, 1], scale).clamp(-0.3, 0.3), parameters).verdict == "unbalanced"
+
+
 def test_an_overflow_is_an_error_not_a_verdict():
     rows, parameters = window()
     with pytest.raises(ValueError, match="NaN or infinite"):

@@ -10,7 +10,7 @@ import torch
 from trainfix.ledger import language_model
 from trainfix.ledger.audit import Audit, Finding
 from trainfix.ledger.capture import Capture
-from trainfix.ledger.consumers import Consumer, Home, kinds
+from trainfix.ledger.consumers import Consumer, Home, Unreadable, kinds
 from trainfix.ledger.sample import draw
 from trainfix.ledger.tokens import Tokens
 
@@ -60,7 +60,7 @@ class Book:
                 self._add(one)
         try:
             consumer = kinds.of(root)
-        except kinds.Unreadable as error:
+        except Unreadable as error:
             self._told(f"{type(root).__name__} cannot be read: {error}")
             return
         clash = any(name in self._sample for name in consumer.sizes)

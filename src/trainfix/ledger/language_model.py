@@ -8,6 +8,8 @@ import torch
 
 from trainfix.measure.next_token import Output
 
+_OF_MASKED = ("MaskedLM", "ForPreTraining")  # these predict the masked token, not the next one
+
 
 class LanguageModel(NamedTuple):
     """module: what is called with the inputs and labels. body: makes the hidden states, None where it has no name of
@@ -17,6 +19,11 @@ class LanguageModel(NamedTuple):
     body: torch.nn.Module | None
     head: torch.nn.Module
     embedding: torch.nn.Module
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether masks and labels are not those of the ids that go in front of the output matrix."""
+        return bool(getattr(getattr(self.module, "config", None), "is_encoder_decoder", False))
 
     def output(self) -> Output | None:
         """How logits are made; None while this rank holds only a part of the matrix."""
@@ -42,13 +49,18 @@ def find(root: torch.nn.Module) -> LanguageModel | None:
         found = _of_transformers(module)
         if found is not None:
             return found
-    return _by_shape(root)
+    is_masked = any(word in type(one).__name__ for one in root.modules() for word in _OF_MASKED)
+    return None if is_masked else _by_shape(root)
 
 
 def _of_transformers(module: Any) -> LanguageModel | None:
     if not (hasattr(type(module), "get_output_embeddings") and hasattr(type(module), "get_input_embeddings")):
         return None
+    if any(word in type(module).__name__ for word in _OF_MASKED):
+        return None
     head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        embedding = module.get_decoder().get_input_embeddings()
     body = getattr(module, "base_model", None)
     if not (_holds_matrix(head) and isinstance(embedding, torch.nn.Module)):
         return None

@@ -90,11 +90,15 @@ class Tokens:
     def _called(self, _: object, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         self._begin()
         self._is_inside = True
-        self._pass.keep(named)
+        self._keep(named)
 
     def _returned(self, _: object, args: tuple[Any, ...], named: Mapping[str, Any], output: object) -> None:
-        self._pass.keep(named)
+        self._keep(named)
         self._is_inside = False
+
+    def _keep(self, named: Mapping[str, Any]) -> None:
+        if not self._model.has_encoder:
+            self._pass.keep(named)
 
     def _begin(self) -> None:
         self._passes += 1
@@ -103,7 +107,7 @@ class Tokens:
     def _inputs(self, _: object, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         if not self._is_inside:  # the body alone is called, for a loss that makes its own logits
             self._begin()
-        self._pass.keep(named)
+        self._keep(named)
 
     def _embedding(self, _: object, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], torch.Tensor) and args[0].dim() == 2:
@@ -166,6 +170,7 @@ class _Pass:
         self.found: Directions | None = None
 
     def keep(self, named: Mapping[str, Any]) -> None:
+        """Take what is known of the ids beside them."""
         for name in ("attention_mask", "position_ids", "labels"):
             value = named.get(name)
             if isinstance(value, torch.Tensor) and value.dim() == 2:

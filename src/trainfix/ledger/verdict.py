@@ -111,6 +111,8 @@ def judge(found: Finding, before: Finding | None = None) -> Verdict:
         problems += _of_balance(found, found.balance)
         if found.balance.verdict == "unclear":
             remarks.append("the micro-batches are too alike to tell whether each is there once")
+        if found.balance.clipped_at:
+            remarks.append("elements of the gradient are clipped by value")
         if found.balance.rough:
             remarks.append(
                 f"gradients are added up in less precision than they come in: off by up to {found.balance.rough:.1%}"

@@ -42,6 +42,7 @@ class Balance:
     outliers: parameters that are not balanced, the worst first; the coefficients are theirs where most others are.
     rough: in a balanced window, the largest error of a parameter that is more than the arithmetic's rounding, but no
     more than 16 bits' and without a direction: what was added up in less precision than it came in; 0 where none is.
+    clipped_at: the value at which every element of the sum was clipped, 0 where none was.
     """
 
     verdict: str
@@ -52,6 +53,7 @@ class Balance:
     determined: bool
     outliers: tuple[Outlier, ...]
     rough: float = 0.0
+    clipped_at: float = 0.0
 
 
 _ROUGH = 0.03  # what sums of bfloat16 may be off by
@@ -97,6 +99,10 @@ def balance(
     if float(errors.max()) <= _ROUGH and _is_rounding(rows, got, earlier, scale, outliers):
         right, stale = (1.0,) * len(rows), (0.0,) * (0 if earlier is None else len(earlier))
         return Balance("balanced", scale, right, stale, 0.0, True, (), float(errors.max()))
+    value, common = _clipped_at(rows.sum(0), got, rounding)
+    if value:
+        right, stale = (1.0,) * len(rows), (0.0,) * (0 if earlier is None else len(earlier))
+        return Balance("balanced", common, right, stale, 0.0, True, (), clipped_at=value)
     few = int(wrong.sum()) * 2 <= len(names)
     looked_at = wrong[place] if few else torch.ones_like(place, dtype=torch.bool)
     return _explained(rows, got, earlier, looked_at, scale if few else None, rounding, outliers)
@@ -125,6 +131,18 @@ def _by_parameter(
         own,
         torch.where(size > 0, off / torch.where(size > 0, size, 1.0), torch.where(off > 0, torch.inf, 0.0)),
     )
+
+
+def _clipped_at(total: torch.Tensor, got: torch.Tensor, rounding: float) -> tuple[float, float]:
+    """v and scale for which got = clamp(scale * total, -v, v), where some elements and not all are clipped; else 0."""
+    value = float(got.abs().max())
+    at = got.abs() >= value * (1 - rounding)
+    free = ~at & (total != 0)
+    if int(at.sum()) < 2 or not bool(free.any()):
+        return 0.0, 0.0
+    scale = float((got[free] * total[free]).sum() / (total[free] ** 2).sum())
+    error = (got - (scale * total).clamp(-value, value)).norm() / got.norm()
+    return (value, scale) if scale > 0 and float(error) <= rounding else (0.0, 0.0)
 
 
 def _is_rounding(

@@ -16,6 +16,10 @@ from trainfix.ledger.tensors import local, to_host
 ALONE = object()
 
 
+class Unreadable(Exception):
+    """A model or an optimizer that no adapter reads. The message says what it is."""
+
+
 class Home(NamedTuple):
     """Where this rank's optimizer consumes a parameter's gradient: in `holder.grad`, when it steps `holder`.
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainfix.ledger.capture import Leaf
-from trainfix.ledger.consumers import Home, itself
+from trainfix.ledger.consumers import Home, Unreadable, itself
 
 
 class DeepSpeed:
@@ -26,6 +26,8 @@ class DeepSpeed:
         self._torch = getattr(engine.optimizer, "optimizer", engine.optimizer)
         named = engine.module.named_parameters()
         self._parameters = {name: one for name, one in named if one.requires_grad}
+        if not all(getattr(one, "allreduce", True) for one in self._parameters.values()):
+            raise Unreadable("expert parallelism: ranks hold other experts under the same names")
         buffers = _buffers(self._zero)
         self._homes = {name: _home(self._zero, one, buffers) for name, one in self._parameters.items()}
 

@@ -8,17 +8,13 @@ from typing import Any
 
 import torch
 
-from trainfix.ledger.consumers import Consumer
+from trainfix.ledger.consumers import Consumer, Unreadable
 
 _FRAMEWORKS = (
     ("deepspeed", "DeepSpeedEngine"),
     ("torch.nn.parallel", "DistributedDataParallel"),
     ("torch.distributed.fsdp", "FullyShardedDataParallel"),
 )
-
-
-class Unreadable(Exception):
-    """A model or an optimizer that no adapter reads. The message says what it is."""
 
 
 def roots(model: torch.nn.Module) -> list[torch.nn.Module]:

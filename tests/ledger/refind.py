@@ -1,11 +1,12 @@
 """The errors of the catalogue, found again by a ledger that knows none of them, and their repaired selves as control.
 
-python -m tests.ledger.refind [ID...]
+python -m tests.ledger.refind [--render] [ID...]
 
 Each error is run on a real release with trainfix's repairs off and the ledger on: within two audited windows of the
 first one in which the gradient is wrong (by the experiment's own float64 reference), a window must not balance. Then
 the same release repaired: every window must balance. TF-0601 has no repair but to stop; its control is a window of one
-micro-batch, which is right. TF-0009 is a loss of precision: a remark, no alarm. The table goes to docs/ledger.json.
+micro-batch, which is right. TF-0009 is a loss of precision: a remark, no alarm. The table goes to docs/ledger.json and,
+with that of tests.ledger.mutations, to docs/ledger.md (--render: only this).
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from tests.matrix.bands import PROGRAMS
 from tests.support import experiment, stacks, trainer_runs
 from tests.support.releases import release
 
-TABLE = Path(__file__).resolve().parents[2] / "docs" / "ledger.json"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+TABLE, MUTATIONS, PAGE = DOCS / "ledger.json", DOCS / "ledger-mutations.json", DOCS / "ledger.md"
+_BEGIN, _END = "<!-- ledger -->\n", "<!-- /ledger -->\n"
 AUDITED = 8
 _WRONG = 1e-3
+_LONGEST = 110
 
 
 @dataclass(frozen=True)
@@ -170,15 +174,66 @@ def _run(case: Again, configuration: Mapping[str, Any], env: Mapping[str, str]) 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ids", nargs="*", help="advisories (default: all)")
-    wanted = parser.parse_args().ids
-    rows = []
+    parser.add_argument("--render", action="store_true", help="write the tables into docs/ledger.md, and run nothing")
+    arguments = parser.parse_args()
+    if arguments.render:
+        render()
+        return 0
+    wanted, rows = arguments.ids, []
     for case in CASES:
         if not wanted or case.id in wanted:
             rows.append(run(case))
             print(_line(case, rows[-1]), flush=True)
     if not wanted:
         TABLE.write_text(json.dumps(rows, indent=1) + "\n")
+        render()
     return 0 if all(row["as_wanted"] for row in rows) else 1
+
+
+def render() -> None:
+    """Put the tables into docs/ledger.md."""
+    page = PAGE.read_text()
+    begin, end = page.index(_BEGIN) + len(_BEGIN), page.index(_END)
+    PAGE.write_text(page[:begin] + rendered() + page[end:])
+
+
+def rendered() -> str:
+    """The tables as they stand in docs/ledger.md."""
+    rows, found = json.loads(TABLE.read_text()), json.loads(MUTATIONS.read_text())
+    lines = ["| error | on | found in window | what was said | the same, repaired |", "|---|---|---|---|---|"]
+    for row in rows:
+        on = ", ".join(f"{name} {version}" for name, version in row["packages"].items())
+        on += f", {row['ranks']} ranks" if row["ranks"] > 1 else ""
+        when = (
+            f"{row['found_in_window']} (wrong from {row['wrong_from_window']})"
+            if row["found_in_window"]
+            else "a remark"
+        )
+        said = (row["said"] or row["remarks"])[0]
+        said = said if len(said) < _LONGEST else said[: said.rindex(" ", 0, _LONGEST)] + " ..."
+        lines.append(f"| {row['id']} | {on} | {when} | {said} | {row['control_windows']} windows balance |")
+    rates, faults = found["rates"], found["faults"]
+    families: dict[str, list[bool]] = {}
+    for fault in faults:
+        families.setdefault(fault["family"], []).append(fault["found"])
+    lines += [
+        "",
+        f"Of {rates['faults']} faults of our own, {sum(one['kind'] == 'framework' for one in faults)} of them edits of "
+        f"installed framework code, {rates['found']} are found ({rates['detection_rate']:.1%}), "
+        f"{rates['windows_to_detect']['1']} of them in the first window in which they are active and "
+        f"{rates['windows_to_detect']['2']} in the second. In {rates['healthy_windows']} windows of "
+        f"{rates['healthy_runs']} healthy runs: {rates['false_alarms']} false alarms, {rates['could_not_tell']} times "
+        "unclear.",
+        "",
+        "| family | faults | found |",
+        "|---|---:|---:|",
+        *(f"| {family} | {len(own)} | {sum(own)} |" for family, own in families.items()),
+        "",
+        *(f"- Missed: {one['fault']}. {one['why_not']}" for one in faults if not one["found"]),
+        *(f"- Not counted, as double entry cannot see it: {one['fault']}. {one['why_not']}" for one in found["beyond"]),
+        *(f"- Not counted, right where it is meant so: {one['run']}." for one in found["accused"]),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _line(case: Again, row: Mapping[str, Any]) -> str:

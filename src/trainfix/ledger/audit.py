@@ -30,8 +30,8 @@ class Finding:
     did not report. differing: ranks whose model has other parameters. given_up: the first backwards of the window, by
     rank, that another optimizer's step or a gradient that was not finite may have put an end to: they are left out of
     `backwards`. size: norm of the sum of the contributions, over the sample. silent: parameters that no micro-batch of
-    any rank brought a gradient for. incomplete: why the window cannot be judged, "" where it can. unseen: forward
-    passes whose tokens could not be looked at.
+    any rank brought a gradient for. twins: groups of ranks that brought the same, to the bit. incomplete: why the
+    window cannot be judged, "" where it can. unseen: forward passes whose tokens could not be looked at.
     tokens: float64 [number of tokens.COLUMNS + 2, positions of all ranks]: rank and backward's number come first.
     """
 
@@ -49,6 +49,7 @@ class Finding:
     given_up: Mapping[int, int]
     size: float
     silent: tuple[str, ...]
+    twins: tuple[tuple[int, ...], ...]
     incomplete: str
     unseen: int
     tokens: torch.Tensor
@@ -224,6 +225,7 @@ class Audit:
             given_up={rank: begin for rank, begin in begins.items() if begin},
             size=float(torch.linalg.vector_norm(self._earlier.sum(0))),
             silent=tuple(name for name, used in zip(names, self._used(self._earlier), strict=True) if not used),
+            twins=_twins(here),
             incomplete=incomplete,
             unseen=sum(int(seen.state[0]) for seen in here.values()),
             tokens=torch.cat([seen.tokens for seen in here.values()], 1),
@@ -266,6 +268,15 @@ class Audit:
 
 def _rounding(dtypes: Collection[torch.dtype]) -> float:
     return max((_ROUNDING.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
+
+
+def _twins(here: Mapping[int, Seen]) -> tuple[tuple[int, ...], ...]:
+    """The ranks whose backwards are the same, group by group."""
+    groups: dict[bytes, list[int]] = {}
+    for rank, seen in here.items():
+        if bool(seen.rows.any()):
+            groups.setdefault(hashlib.sha256(seen.rows.numpy().tobytes()).digest(), []).append(rank)
+    return tuple(tuple(ranks) for ranks in groups.values() if len(ranks) > 1)
 
 
 def _begins(here: Mapping[int, Seen]) -> list[dict[int, int]]:

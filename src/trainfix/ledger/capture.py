@@ -11,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from trainfix.ledger.tensors import guarded, local, to_host
 
+# An overflow fills a row or a column of a weight's gradient: in large ones every 61st element meets each of them.
+_STRIDE, _SMALL = 61, 2**16
 LARGEST = 32 * 2**20  # bytes of samples that a rank keeps: a window that brings more cannot be judged
 
 
@@ -140,7 +142,7 @@ class Capture:
         for name, part in zip(names, torch.split(found, [len(one) for one in names.values()]), strict=True):
             # Within one backward a parameter may be met again: a shared one under reentrant checkpointing.
             row.samples[name] = part if name not in row.samples else row.samples[name] + part
-        row.sums.append(gradient.sum(dtype=torch.float32))
+        row.sums.append(gradient.reshape(-1)[:: _STRIDE if gradient.numel() > _SMALL else 1].sum(dtype=torch.float32))
 
 
 def stacked(rows: Sequence[Row], sample: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -4,6 +4,7 @@ come back to them."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from trainfix.ledger.capture import Capture
 from trainfix.ledger.language_model import LanguageModel
 from trainfix.ledger.sample import SEED
 from trainfix.ledger.tensors import guarded, local
-from trainfix.measure.next_token import Directions, directions, fit, towards
+from trainfix.measure.next_token import Directions, Output, directions, fit, mean_of, misfit, towards
 
 # How many positions of one forward pass are looked at: all up to MOST where the output matrix is small, else LEAST,
 # which in a pass of a thousand positions is a few percent of what the matrix costs anyway.
@@ -53,6 +54,7 @@ class Tokens:
         self._is_inside = False  # of a call of the model
         self._tables: list[tuple[int, torch.Tensor]] = []
         self._generator = torch.Generator().manual_seed(SEED)  # not the user's
+        self._mean: torch.Tensor | None = None  # of the output matrix's rows, while a window lasts
         self._passes = 0  # that were met so far
         self.unseen = 0  # passes whose output matrix was not at hand
 
@@ -86,6 +88,7 @@ class Tokens:
 
     def forget(self, number: int) -> None:
         self._tables = self.since(number)
+        self._mean = None
 
     def _called(self, _: object, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         self._begin()
@@ -122,7 +125,7 @@ class Tokens:
     def _head(self, _: object, args: tuple[Any, ...]) -> None:
         if args:
             self._meet(args[0])  # what the logits are really made of, where it is not given in chunks
-        self._pass.direct(self._model)
+        self._pass.direct(self._output)
 
     def _meet(self, hidden: Any) -> None:
         """The hidden states of a pass [sequences, positions, hidden]."""
@@ -135,18 +138,27 @@ class Tokens:
         one.choose(hidden, self._generator, self._most(hidden.shape[-1]))
         hidden.register_hook(guarded(partial(self._came_back, one, one.source), self._failed))  # type: ignore[no-untyped-call]
 
+    def _output(self) -> Output | None:
+        """How logits are made, where the whole matrix is at hand; the mean of its rows is found once in a window."""
+        output = self._model.output()
+        if output is None:
+            return None
+        if self._mean is None:
+            self._mean = mean_of(output.matrix)
+        return replace(output, mean=self._mean)
+
     def _most(self, size: int) -> int:
         return min(MOST, max(LEAST, _WORK // (self._model.embedding_shape()[0] * size)))
 
     def _came_back(self, one: _Pass, source: int, gradient: torch.Tensor) -> None:
         if source != one.source or one.sample is None:
             return
-        one.direct(self._model)
+        one.direct(self._output)
         number = self._capture.current()
         if one.found is None:
             self.unseen += 1
             return
-        self._tables.append((number, one.table(local(gradient.detach()), self._model)))
+        self._tables.append((number, one.table(local(gradient.detach()), self._output())))
 
 
 class _Sample(NamedTuple):
@@ -192,28 +204,27 @@ class _Pass:
         targets = self.ids.roll(-1, 1).reshape(-1).to(device)[flat]
         self.sample = _Sample(flat, hidden.detach().reshape(-1, hidden.shape[-1])[flat], targets)
 
-    def direct(self, model: LanguageModel) -> None:
+    def direct(self, output_now: Callable[[], Output | None]) -> None:
         """Find the directions of the sample's targets, once, while the whole output matrix is at hand."""
-        output = model.output() if self.sample is not None and self.found is None else None
+        output = output_now() if self.sample is not None and self.found is None else None
         if output is not None and self.sample is not None:
             with torch.no_grad(), torch.autocast(self.sample.hidden.device.type, enabled=False):
                 self.found = directions(self.sample.hidden, output, self.sample.targets)
 
-    def table(self, gradient: torch.Tensor, model: LanguageModel) -> torch.Tensor:
+    def table(self, gradient: torch.Tensor, output: Output | None) -> torch.Tensor:
         assert self.sample is not None and self.found is not None and self.ids is not None
         flat, hidden, targets = self.sample
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             rows = gradient.reshape(-1, gradient.shape[-1])
             mine = rows[flat]
             plain = fit(mine, self.found)
-            output = model.output()
             others = []
             for shift in (0, -2, 1):
                 if output is None:
                     others.append(torch.ones_like(plain.residuals))
                     continue
                 target = self.ids.roll(shift, 1).reshape(-1).to(flat.device)[flat]
-                others.append(fit(mine, towards(self.found, hidden, output, targets, target)).residuals)
+                others.append(misfit(mine, towards(self.found, hidden, output, targets, target)))
             trained = (rows != 0).any(-1).sum().expand(len(flat))
             width = self.ids.shape[1]
             columns = [torch.full_like(flat, self.number), flat // width, flat % width, plain.weights, plain.residuals]

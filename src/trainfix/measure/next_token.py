@@ -28,13 +28,14 @@ class Output:
 
     matrix: [vocabulary, hidden]. bias: [vocabulary] or None. scale: what logits are multiplied with (Granite divides by
     its logits_scaling, Cohere multiplies with its logit_scale). cap: c of c * tanh(z / c) (Gemma's
-    final_logit_softcapping), None where there is none.
+    final_logit_softcapping), None where there is none. mean: of the matrix's rows [hidden], where it is known already.
     """
 
     matrix: torch.Tensor
     bias: torch.Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
+    mean: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,20 @@ def fit(gradient: torch.Tensor, directions: Directions) -> TokenFit:
     return TokenFit(weights, residuals, smoothed, _over(amount, smoothed), _over(left, size))
 
 
+def misfit(gradient: torch.Tensor, directions: Directions) -> torch.Tensor:
+    """What `fit` has as `residuals`, alone."""
+    arrived, plain = gradient.detach().to(torch.float64), directions.plain
+    weights = _over((arrived * plain).sum(-1), (plain * plain).sum(-1))
+    size = torch.linalg.vector_norm(arrived, dim=-1)
+    return _over(torch.linalg.vector_norm(arrived - weights[:, None] * plain, dim=-1), size)
+
+
+def mean_of(matrix: torch.Tensor) -> torch.Tensor:
+    """The mean of an output matrix's rows [hidden]."""
+    wide = torch.float64 if matrix.numel() <= _EXACT_WORK else torch.float32
+    return matrix.detach().mean(0, dtype=wide)
+
+
 def directions(hidden: torch.Tensor, output: Output, targets: torch.Tensor) -> Directions:
     """The directions of `targets`, int [positions], at the hidden states [positions, hidden].
 
@@ -136,11 +151,10 @@ def _directions(
     logits, slope = _made(logits, output, output.bias)
     shares = torch.softmax(logits, -1)
     weighted = torch.zeros_like(states)
-    mean = (
-        torch.zeros_like(states)
-        if isinstance(slope, torch.Tensor)
-        else output.scale * output.matrix.detach().mean(0, dtype=wide)
-    )
+    mean = torch.zeros_like(states)
+    if not isinstance(slope, torch.Tensor):
+        known = mean_of(output.matrix) if output.mean is None else output.mean
+        mean = output.scale * known.to(wide)
     for where, piece in pieces():
         rows_of = piece.to(wide)
         if isinstance(slope, torch.Tensor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trainfix.measure.next_token import Output, directions, fit, towards
+from trainfix.measure.next_token import Output, directions, fit, misfit, towards
 
 POSITIONS, HIDDEN, VOCABULARY = 12, 16, 40
 WEIGHTS = torch.tensor([0, 0, 0, 1, 1, 1, 0.25, 0.25, 2, -1, 1e-4, 0], dtype=torch.float64)
@@ -92,7 +92,9 @@ def test_labels_that_are_shifted_fit_the_token_they_were_shifted_to():
     found = directions(hidden, Output(matrix), targets)
     assert float(fit(gradient, found).residuals.min()) > 1e-2
     assert float(fit(gradient, directions(hidden, Output(matrix), shifted)).residuals.max()) < 1e-9
-    assert float(fit(gradient, towards(found, hidden, Output(matrix), targets, shifted)).residuals.max()) < 1e-9
+    (moved,) = towards(found, hidden, Output(matrix), targets, [shifted])
+    assert float(fit(gradient, moved).residuals.max()) < 1e-9
+    assert float(misfit(gradient, moved).max()) < 1e-9
 
 
 @pytest.mark.parametrize("name", outputs())
@@ -125,7 +127,7 @@ def test_the_losses_are_the_cross_entropies():
     wanted = torch.nn.functional.cross_entropy(hidden @ matrix.T + bias, targets, reduction="none")
     found = directions(hidden, Output(matrix, bias), targets)
     torch.testing.assert_close(found.losses, wanted)
-    moved = towards(found, hidden, Output(matrix, bias), targets, targets.roll(-1))
+    (moved,) = towards(found, hidden, Output(matrix, bias), targets, [targets.roll(-1)])
     again = directions(hidden, Output(matrix, bias), targets.roll(-1))
     torch.testing.assert_close(moved.losses, again.losses)
 

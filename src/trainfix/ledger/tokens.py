@@ -19,7 +19,7 @@ from trainfix.measure.next_token import Directions, Output, directions, fit, mea
 
 # How many positions of one forward pass are looked at: all up to MOST where the output matrix is small, else LEAST,
 # which in a pass of a thousand positions is a few percent of what the matrix costs anyway.
-LEAST, MOST = 32, 512
+LEAST, MOST = 16, 512
 _WORK = 2**26  # multiplications that are not worth saving
 
 COLUMNS = (
@@ -218,13 +218,11 @@ class _Pass:
             rows = gradient.reshape(-1, gradient.shape[-1])
             mine = rows[flat]
             plain = fit(mine, self.found)
-            others = []
-            for shift in (0, -2, 1):
-                if output is None:
-                    others.append(torch.ones_like(plain.residuals))
-                    continue
-                target = self.ids.roll(shift, 1).reshape(-1).to(flat.device)[flat]
-                others.append(misfit(mine, towards(self.found, hidden, output, targets, target)))
+            shifted = [self.ids.roll(shift, 1).reshape(-1).to(flat.device)[flat] for shift in (0, -2, 1)]
+            if output is None:
+                others = [torch.ones_like(plain.residuals) for _ in shifted]
+            else:
+                others = [misfit(mine, one) for one in towards(self.found, hidden, output, targets, shifted)]
             trained = (rows != 0).any(-1).sum().expand(len(flat))
             width = self.ids.shape[1]
             columns = [torch.full_like(flat, self.number), flat // width, flat % width, plain.weights, plain.residuals]

@@ -14,6 +14,7 @@ of trainfix is imported.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,12 +127,16 @@ def directions(hidden: torch.Tensor, output: Output, targets: torch.Tensor) -> D
 
 
 def towards(
-    found: Directions, hidden: torch.Tensor, output: Output, targets: torch.Tensor, others: torch.Tensor
-) -> Directions:
-    """The directions of `others`, int [positions], from those `found` for `targets`."""
-    pulls, logits = zip(*(_pull(hidden, output, one) for one in (targets, others)), strict=True)
-    moved = pulls[0] - pulls[1]
-    return Directions(found.plain + moved, found.smoothing - moved, found.losses + logits[0] - logits[1])
+    found: Directions, hidden: torch.Tensor, output: Output, targets: torch.Tensor, others: Sequence[torch.Tensor]
+) -> list[Directions]:
+    """The directions of each of `others`, int [positions], from those `found` for `targets`."""
+    pull, logits = _pull(hidden, output, targets)
+    moved = []
+    for other in others:
+        its_pull, its_logits = _pull(hidden, output, other)
+        by = pull - its_pull
+        moved.append(Directions(found.plain + by, found.smoothing - by, found.losses + logits - its_logits))
+    return moved
 
 
 def _directions(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trainfix.ledger.book import Book
+from trainfix.ledger.verdict import judge
 
 STEPS = 4
 
@@ -130,3 +131,19 @@ def test_a_step_without_a_backward_has_nothing_to_balance():
     listen(model, optimizer, findings.append)
     optimizer.step()
     assert findings == []
+
+
+@pytest.mark.parametrize(("fault", "state"), [("none", "balanced"), ("dropped", "could not tell")])
+def test_equal_micro_batches_balance_only_where_the_whole_sum_is_there(fault, state):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    findings = []
+    listen(model, optimizer, findings.append)
+    inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    for number in range(STEPS):
+        if fault == "dropped" and number == 2:
+            optimizer.zero_grad()
+        (model(inputs).square().mean() / STEPS).backward()
+    optimizer.step()
+    assert [judge(found).state for found in findings] == [state]

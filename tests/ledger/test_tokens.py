@@ -121,6 +121,8 @@ def test_sequences_that_count_differently_inside_a_micro_batch_are_named():
         assert one.state == "not balanced"
         assert "inside micro-batch 1 tokens count differently" in one.problems[0]
         assert "from sequence to sequence" in one.problems[0]
+        weights_of_two = one.record()["micro_batches"][0]["sequence_weights"]
+        assert weights_of_two["0"] / weights_of_two["1"] == pytest.approx(5 / 2, rel=1e-3)  # of 2 and 5 trained tokens
 
 
 @pytest.mark.parametrize(("factor", "said"), [(0.25, "0.25"), (4.0, "4"), (0.5, "0.5")])
@@ -215,6 +217,18 @@ def test_labels_without_weight_and_weight_without_labels_are_named():
         assert any("have a label but no weight in the loss" in problem for problem in one.problems)
     for one in audited(everything):
         assert any("are trained although their label is masked" in problem for problem in one.problems)
+
+
+def test_a_prompt_that_only_some_sequences_train_is_a_remark():
+    def change(one):
+        labels = one["labels"].clone()
+        labels[0, :4] = one["input_ids"][0, :4]
+        return {**one, "labels": labels}
+
+    for one in audited(change=change):
+        assert any("4 of 8 sequences are trained from their first token on" in remark for remark in one.remarks)
+    for one in audited():
+        assert not [remark for remark in one.remarks if "first token" in remark]
 
 
 def test_label_smoothing_is_a_remark_and_uneven_means_under_it_are_named():

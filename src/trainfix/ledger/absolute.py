@@ -19,6 +19,12 @@ def is_off(scale: float, tokens: Evenness) -> bool:
     return abs(scale - 1) > (max(_OFF, 5 * tokens.noise) if tokens.noise < _EXACT else _ROUGH)
 
 
+def is_whole(found: Finding) -> bool:
+    """Whether the gradient is exactly the mean over the ranks of all that came in: nothing is missing then, however
+    alike the micro-batches are."""
+    return found.balance is not None and abs(found.balance.scale * found.ranks - 1) <= _EXACT
+
+
 def is_sum(scale: float, tokens: Evenness) -> bool:
     """Whether it is what a sum over the window's tokens has."""
     count = sum(tokens.tokens.values())

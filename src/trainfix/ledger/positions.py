@@ -23,6 +23,8 @@ def positions(found: Finding) -> tuple[Positions, dict[str, int]]:
         "crossing": int((trained & (columns["crossing"] > 0)).sum()),
         "unlabelled": int((trained & (columns["label"] == 0)).sum()),
         "unweighted": int((~trained & (columns["label"] == 1)).sum()),
+        "from the start": int((trained & (columns["position"] == 0)).sum()),
+        "not from the start": int((~trained & (columns["position"] == 0) & (columns["padding"] == 0)).sum()),
     }
     seen = Positions(
         batch=batch,

@@ -65,6 +65,8 @@ class Verdict:
                     "loss_per_token": tokens.losses.get(number),
                     "weight_sum": tokens.sums.get(number),
                 }
+                if number in tokens.within:
+                    row["sequence_weights"] = {str(one): weight for one, weight in tokens.within[number].items()}
             rows.append(row)
         return {
             "window": found.window,
@@ -100,8 +102,8 @@ def judge(found: Finding, before: Finding | None = None) -> Verdict:
     unclear = [found.incomplete] if found.incomplete else []
     if not found.incomplete and found.balance is not None:
         problems += words.of_balance(found, found.balance)
-        if found.balance.verdict == "unclear":
-            remarks.append("the micro-batches are too alike to tell whether each is there once")
+        if found.balance.verdict == "unclear" and not absolute.is_whole(found):
+            unclear.append("the micro-batches are too alike to tell whether each is there once")
         if found.balance.clipped_at:
             remarks.append("elements of the gradient are clipped by value")
         if found.balance.rough:

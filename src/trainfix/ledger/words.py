@@ -125,6 +125,10 @@ def of_tokens(tokens: Evenness, flags: dict[str, int], found: Finding) -> tuple[
     }
     if tokens.verdict in notes:
         remarks.append(notes[tokens.verdict])
+    some, others = flags["from the start"], flags["not from the start"]
+    if some and others:
+        count = f"{some} of {some + others} sequences"
+        remarks.append(f"{count} are trained from their first token on, the others are not: a prompt without a mask?")
     if tokens.smoothing:
         remarks.append(f"label smoothing of {tokens.smoothing:.3g}")
     return problems, remarks

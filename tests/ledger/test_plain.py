@@ -147,3 +147,16 @@ def test_equal_micro_batches_balance_only_where_the_whole_sum_is_there(fault, st
         (model(inputs).square().mean() / STEPS).backward()
     optimizer.step()
     assert [judge(found).state for found in findings] == [state]
+
+
+def test_sparse_gradients_balance():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(40, 8, sparse=True), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    findings = []
+    listen(model, optimizer, findings.append)
+    for number in range(STEPS):
+        words = torch.randint(40, (3, 5), generator=torch.Generator().manual_seed(number))
+        (model(words).square().mean() / STEPS).backward()
+    optimizer.step()
+    assert [found.balance.verdict for found in findings] == ["balanced"]

@@ -10,9 +10,9 @@ import torch
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor that is spread over ranks; any other tensor itself."""
+    """What this rank holds of a tensor that is spread over ranks, densely; any other tensor itself."""
     held: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return held
+    return held.to_dense() if held.is_sparse else held
 
 
 def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -229,7 +229,9 @@ class _Pass:
             columns += [plain.smoothed, plain.shares, plain.left_over, *others]
             columns += [one.reshape(-1).to(flat.device)[flat] for one in (self._padding(), self._crossing())]
             labels = self._labels()
-            columns.append(torch.full_like(plain.weights, -1) if labels is None else labels.reshape(-1)[flat])
+            columns.append(
+                torch.full_like(plain.weights, -1) if labels is None else labels.reshape(-1).to(flat.device)[flat]
+            )
             columns += [self.found.losses, trained, torch.full_like(plain.weights, self.ids.numel())]
             return torch.stack([one.to(flat.device, torch.float64) for one in columns])
 

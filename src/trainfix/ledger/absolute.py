@@ -19,6 +19,11 @@ def is_off(scale: float, tokens: Evenness) -> bool:
     return abs(scale - 1) > (max(_OFF, 5 * tokens.noise) if tokens.noise < _EXACT else _ROUGH)
 
 
+def consumed(tokens: Evenness, found: Finding) -> float:
+    """What is consumed relative to the gradient of the mean loss per token, with clipping and all; for a plain loss."""
+    return sum(tokens.sums.values()) * found.balance.scale if found.balance is not None else 0.0
+
+
 def is_whole(found: Finding) -> bool:
     """Whether the gradient is exactly the mean over the ranks of all that came in: nothing is missing then, however
     alike the micro-batches are."""

@@ -14,6 +14,9 @@ from trainfix.measure.evenness import Evenness, evenness
 BALANCED, UNBALANCED, UNCLEAR = "balanced", "not balanced", "could not tell"
 
 
+_LITTLE = 0.001  # of a gradient: what clipping seldom leaves
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What one window shows. problems: what is wrong; remarks: what is worth knowing; unclear: what could not be seen.
@@ -130,6 +133,9 @@ def judge(found: Finding, before: Finding | None = None) -> Verdict:
                 remarks.append("the loss is the sum over all tokens, not their mean")
             else:
                 problems.append(f"the gradient is {scale:.4g} times that of the mean loss per token")
+        if scale == 1.0 and absolute.consumed(tokens, found) < _LITTLE:
+            share = absolute.consumed(tokens, found)
+            remarks.append(f"what is consumed is {share:.0e} of the mean loss's gradient: is it clipped that much?")
     elif found.unseen:
         remarks.append("token weights were not seen: a rank holds only a part of the output matrix")
     return Verdict(found, tokens, scale, tuple(problems), tuple(remarks), tuple(unclear))

@@ -35,7 +35,7 @@ def shell(*argv: str, env: dict[str, str] | None = None) -> subprocess.Completed
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["doctr"], ["unknown command 'doctr'", "did you mean doctor?", "doctor, prove, list, show, diff"]),
+        (["doctr"], ["unknown command 'doctr'", "did you mean doctor?", "doctor, prove, xray, list, show, diff"]),
         (["doctor", "--confg", "ds.json"], ["unknown option '--confg'", "did you mean --config?", "--assume-import"]),
         (["doctor", "--conf", "ds.json"], ["unknown option '--conf'", "did you mean --config?"]),
         (["prove", "--fromat=json"], ["unknown option '--fromat'", "did you mean --format?"]),

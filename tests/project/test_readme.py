@@ -107,7 +107,7 @@ def test_a_python_block_runs_and_prints_what_the_readme_shows(program: str, outp
 
 
 def test_the_summary_line_is_the_one_that_the_readme_shows() -> None:
-    (shown,) = [text for language, text in blocks() if language == "text" and text.startswith("trainfix ")]
+    (shown,) = [text for language, text in blocks() if language == "text" and text.startswith("trainfix 0.")]
     done = run(sys.executable, "-c", programs()[0][0])
     assert shown.strip() in done.stderr.splitlines()
 

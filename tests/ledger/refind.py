@@ -213,6 +213,7 @@ def rendered() -> str:
         said = said if len(said) < _LONGEST else said[: said.rindex(" ", 0, _LONGEST)] + " ..."
         lines.append(f"| {row['id']} | {on} | {when} | {said} | {row['control_windows']} windows balance |")
     rates, faults = found["rates"], found["faults"]
+    blind = [fault["found"] for fault in faults if fault["frozen"]]
     families: dict[str, list[bool]] = {}
     for fault in faults:
         families.setdefault(fault["family"], []).append(fault["found"])
@@ -223,7 +224,8 @@ def rendered() -> str:
         f"{rates['windows_to_detect']['1']} of them in the first window in which they are active and "
         f"{rates['windows_to_detect']['2']} in the second. In {rates['healthy_windows']} windows of "
         f"{rates['healthy_runs']} healthy runs: {rates['false_alarms']} false alarms, {rates['could_not_tell']} times "
-        "unclear.",
+        f"unclear. The last {len(blind)} faults were written without a look at the ledger, after its rules and thresholds "
+        f"were fixed: {sum(blind)} of them are found.",
         "",
         "| family | faults | found |",
         "|---|---:|---:|",

@@ -224,8 +224,8 @@ def rendered() -> str:
         f"{rates['windows_to_detect']['1']} of them in the first window in which they are active and "
         f"{rates['windows_to_detect']['2']} in the second. In {rates['healthy_windows']} windows of "
         f"{rates['healthy_runs']} healthy runs: {rates['false_alarms']} false alarms, {rates['could_not_tell']} times "
-        f"unclear. The last {len(blind)} faults were written without a look at the ledger, after its rules and thresholds "
-        f"were fixed: {sum(blind)} of them are found.",
+        f"unclear. The last {len(blind)} faults were written without a look at the ledger, after its rules and "
+        f"thresholds were fixed: {sum(blind)} of them are found.",
         "",
         "| family | faults | found |",
         "|---|---:|---:|",

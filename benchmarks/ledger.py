@@ -3,9 +3,9 @@
     PYTHONPATH=. python benchmarks/ledger.py [--rounds 7] [--quick] [--json FILE]
 
 Windows of four micro-batches of a Llama on the CPU, audited and not, in turns in one process. `ratio` is the median
-over rounds of time(audited) / time(not), which holds everything but is as uneven as the machine; `share` is the time
-inside the ledger's own code over that of the audited window; `more_bytes_at_the_peak` the difference of what the CPU
-allocator had given out at most inside a window, which is counted.
+over rounds of time(audited) / time(not), which holds everything but is as uneven as the machine; `share` is what the
+ledger's hooks take of an audited window, without what begins and ends a ledger once; `more_bytes_at_the_peak` is the
+difference of what the CPU allocator had given out at most inside a window, which is counted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Loop:
 
 
 OWN = (
-    (Watch, ("begin", "_called", "_stepping", "end")),
+    (Watch, ("_called", "_stepping")),
     (Capture, ("_arrived",)),
     (Tokens, ("_embedding", "_inputs", "_body", "_head", "_called", "_returned", "_came_back")),
 )

@@ -20,7 +20,7 @@ from trainfix.measure.next_token import Directions, Output, directions, fit, mea
 # How many positions of one forward pass are looked at: all up to MOST where the output matrix is small, else LEAST,
 # which in a pass of a thousand positions is a few percent of what the matrix costs anyway.
 LEAST, MOST = 16, 512
-_WORK = 2**26  # multiplications that are not worth saving
+_WORK = 2**24  # multiplications that are not worth saving
 
 COLUMNS = (
     "pass",

@@ -93,18 +93,18 @@ def _exchange(
     store.add(alike, 1)
     if store.add(f"{prefix}/present", 1) >= len(ranks):
         store.set(verdict, tag if store.add(alike, 0) >= len(ranks) else "differ")
-    if _wait(store, [verdict], timeout) and store.get(verdict).decode() == tag:
+    if wait(store, [verdict], timeout) and store.get(verdict).decode() == tag:
         return dict.fromkeys(ranks, digest)
     present = [rank for rank in ranks if store.check([f"{prefix}/{rank}"])]
     found = {rank: store.get(f"{prefix}/{rank}").decode() if rank in present else None for rank in ranks}
     # This rank is about to end, and the store with it if it holds it: the others read first.
     with suppress(RuntimeError):
         store.set(f"{prefix}/{own}/read", "")
-        _wait(store, [f"{prefix}/{rank}/read" for rank in present], min(timeout, _READ_SECONDS))
+        wait(store, [f"{prefix}/{rank}/read" for rank in present], min(timeout, _READ_SECONDS))
     return found
 
 
-def _wait(store: Any, keys: list[str], timeout: float) -> bool:
+def wait(store: Any, keys: list[str], timeout: float) -> bool:
     """Whether all keys were there within `timeout` seconds. Asks less and less often, for the sake of large groups."""
     deadline, pause = time.monotonic() + timeout, _POLL_SECONDS
     while not store.check(keys):

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 import torch
 
+from trainfix.engine import agreement
 from trainfix.engine.agreement import Ranks
 
 TIMEOUT_SECONDS = 60.0
-_POLL_SECONDS = 0.05
 
 
 def gather(
@@ -24,7 +24,7 @@ def gather(
     """Hand in `mine` under `name`, which every rank uses once. On the first rank: each rank's, None for one that has
     not come within `timeout` seconds (default TIMEOUT_SECONDS). On the others None, at once: they do not wait.
     """
-    prefix = f"trainfix/ledger/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{ranks.ranks[0]}/{name}"
+    prefix = _key(ranks, name)
     if ranks.own != ranks.ranks[0]:
         packed = io.BytesIO()
         torch.save(dict(mine), packed)
@@ -34,10 +34,8 @@ def gather(
     end = time.monotonic() + (TIMEOUT_SECONDS if timeout is None else timeout)
     for rank in ranks.ranks[1:]:
         key = f"{prefix}/{rank}"
-        while not (there := ranks.store.check([key])) and time.monotonic() < end:
-            time.sleep(_POLL_SECONDS)
         found[rank] = None
-        if there:
+        if agreement.wait(ranks.store, [key], end - time.monotonic()):
             found[rank] = torch.load(io.BytesIO(ranks.store.get(key)), weights_only=True)
             ranks.store.delete_key(key)
     return found
@@ -47,11 +45,14 @@ def share(ranks: Ranks | None, name: str, text: str, timeout: float | None = Non
     """What the first rank says under `name`, on every rank; "" on one that waits for it longer than `timeout`."""
     if ranks is None:
         return text
-    key = f"trainfix/ledger/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{ranks.ranks[0]}/said/{name}"
+    key = _key(ranks, f"said/{name}")
     if ranks.own == ranks.ranks[0]:
         ranks.store.set(key, text or " ")
         return text
-    end = time.monotonic() + (TIMEOUT_SECONDS if timeout is None else timeout)
-    while not ranks.store.check([key]) and time.monotonic() < end:
-        time.sleep(_POLL_SECONDS)
-    return ranks.store.get(key).decode().strip() if ranks.store.check([key]) else ""
+    there = agreement.wait(ranks.store, [key], TIMEOUT_SECONDS if timeout is None else timeout)
+    return ranks.store.get(key).decode().strip() if there else ""
+
+
+def _key(ranks: Ranks, name: str) -> str:
+    """Of this group, and of this start of its ranks."""
+    return f"trainfix/ledger/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{ranks.ranks[0]}/{name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 
 from trainfix.ledger.audit import Finding
@@ -17,7 +19,7 @@ def positions(found: Finding) -> tuple[Positions, dict[str, int]]:
     batch = torch.tensor(places, dtype=torch.float64)
     columns = dict(zip(COLUMNS, table[2:][:, batch >= 0], strict=True))
     batch = batch[batch >= 0]
-    trained = columns["weight"].abs() > 1e-7 * _largest(columns["weight"])
+    trained = columns["weights"].abs() > 1e-7 * _largest(columns["weights"])
     flags = {
         "padding": int((trained & (columns["padding"] > 0)).sum()),
         "crossing": int((trained & (columns["crossing"] > 0)).sum()),
@@ -26,34 +28,21 @@ def positions(found: Finding) -> tuple[Positions, dict[str, int]]:
         "from the start": int((trained & (columns["position"] == 0)).sum()),
         "not from the start": int((~trained & (columns["position"] == 0) & (columns["padding"] == 0)).sum()),
     }
-    seen = Positions(
-        batch=batch,
-        passes=columns["pass"],
-        sequence=columns["sequence"],
-        weights=columns["weight"],
-        residuals=columns["residual"],
-        smoothed=columns["smoothed"],
-        shares=columns["share"],
-        left_over=columns["left_over"],
-        own=columns["own"],
-        later=columns["later"],
-        before=columns["before"],
-        losses=columns["loss"],
-        trained=columns["trained"],
-    )
+    names = [field.name for field in fields(Positions) if field.name != "batch"]
+    seen = Positions(batch=batch, **{name: columns[name] for name in names})
     return seen, flags
 
 
 def _together(table: torch.Tensor) -> torch.Tensor:
     """One column for each position of a pass: its weights added up where several backwards went through it."""
     place = {name: number + 2 for number, name in enumerate(COLUMNS)}
-    keys = [0, place["pass"], place["sequence"], place["position"]]
+    keys = [0, place["passes"], place["sequence"], place["position"]]
     _, where = torch.unique(table[keys], dim=1, return_inverse=True)
     if not len(where) or int(where.max()) + 1 == len(where):
         return table
     first = torch.full((int(where.max()) + 1,), len(where)).scatter_reduce(0, where, torch.arange(len(where)), "amin")
     merged = table[:, first]
-    for name in ("weight", "smoothed"):
+    for name in ("weights", "smoothed"):
         merged[place[name]] = torch.zeros(len(first), dtype=table.dtype).index_add_(0, where, table[place[name]])
     return merged
 

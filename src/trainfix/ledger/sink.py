@@ -8,9 +8,7 @@ import socket
 from pathlib import Path
 
 from trainfix.engine import report
-from trainfix.ledger.verdict import BALANCED, UNBALANCED, Verdict
-
-PATTERN = "ledger-*.jsonl"
+from trainfix.ledger.verdict import BALANCED, Verdict
 
 
 class Sink:
@@ -55,7 +53,3 @@ class Sink:
 
 def _warn(text: str) -> None:
     report.warn(text, every_rank=True)  # the rank that judges is the first of its own group
-
-
-def is_wrong(verdict: Verdict) -> bool:
-    return verdict.state == UNBALANCED

@@ -1,12 +1,15 @@
-"""A run's tensors and hooks: what this rank holds of a tensor, many small ones to the host at once, and a hook that
-cannot break what it is hooked to."""
+"""A run's tensors, hooks and objects: what this rank holds of a tensor, many small ones to the host at once, a hook
+that cannot break what it is hooked to, and what is alive of a class."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+_Kind = TypeVar("_Kind")
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -25,6 +28,11 @@ def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         together = torch.cat([tensors[number].detach() for number in numbers]).to("cpu", torch.float64)
         found.update(zip(numbers, torch.split(together, [len(tensors[number]) for number in numbers]), strict=True))
     return [found[number] for number in range(len(tensors))]
+
+
+def alive(*kinds: type[_Kind]) -> list[_Kind]:
+    """The instances of these classes in this process. Asks for no attribute: some objects warn when they are asked."""
+    return [one for one in gc.get_objects() if issubclass(type(one), kinds)] if kinds else []
 
 
 def guarded(hook: Callable[..., object], failed: Callable[[Exception], object]) -> Callable[..., None]:

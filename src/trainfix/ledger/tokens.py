@@ -22,14 +22,15 @@ from trainfix.measure.next_token import Directions, Output, directions, fit, mea
 LEAST, MOST = 16, 512
 _WORK = 2**24  # multiplications that are not worth saving
 
+# Beside those of padding, crossing, label and position these are fields of measure.evenness.Positions.
 COLUMNS = (
-    "pass",
+    "passes",
     "sequence",
     "position",
-    "weight",
-    "residual",
+    "weights",
+    "residuals",
     "smoothed",  # the weight, with label smoothing as a second direction
-    "share",  # of label smoothing
+    "shares",  # of label smoothing
     "left_over",
     "own",  # the residual for the position's own token as the target: labels that were not shifted
     "later",  # the residual for the token after the next: labels that were shifted twice
@@ -37,9 +38,8 @@ COLUMNS = (
     "padding",  # 1: the next token is padding
     "crossing",  # 1: the next token begins another document
     "label",  # 1: the next token is among the labels, 0: it is not, -1: no labels were given
-    "loss",
+    "losses",
     "trained",  # how many positions of this pass a gradient came back to
-    "positions",  # how many this pass has
 )
 
 
@@ -232,7 +232,7 @@ class _Pass:
             columns.append(
                 torch.full_like(plain.weights, -1) if labels is None else labels.reshape(-1).to(flat.device)[flat]
             )
-            columns += [self.found.losses, trained, torch.full_like(plain.weights, self.ids.numel())]
+            columns += [self.found.losses, trained]
             return torch.stack([one.to(flat.device, torch.float64) for one in columns])
 
     def _labels(self) -> torch.Tensor | None:

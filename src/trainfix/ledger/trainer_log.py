@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from trainfix.ledger.tensors import alive
 from trainfix.ledger.verdict import Verdict
 
 _OFF, _OFF_IN_A_SAMPLE = 0.02, 0.25
@@ -22,7 +22,6 @@ def follow(verdicts: list[Verdict], remark: Callable[[str], object]) -> None:
     callback: Any = getattr(module, "TrainerCallback", None)
     if kind is None or callback is None:
         return
-    trainers = [one for one in gc.get_objects() if issubclass(type(one), kind)]
 
     class Logged(callback):  # type: ignore[misc]
         seen = 0
@@ -36,7 +35,7 @@ def follow(verdicts: list[Verdict], remark: Callable[[str], object]) -> None:
                 if said:
                     remark(said)
 
-    for trainer in trainers:
+    for trainer in alive(kind):
         trainer.add_callback(Logged())
 
 

@@ -6,7 +6,6 @@ audited windows one of these is left, which counts steps.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import warnings
 import weakref
@@ -26,8 +25,9 @@ from trainfix.ledger.audit import Finding
 from trainfix.ledger.book import Book
 from trainfix.ledger.consumers import stepped
 from trainfix.ledger.schedule import Schedule
-from trainfix.ledger.sink import Sink, is_wrong
-from trainfix.ledger.verdict import Verdict, judge
+from trainfix.ledger.sink import Sink
+from trainfix.ledger.tensors import alive
+from trainfix.ledger.verdict import UNBALANCED, Verdict, judge
 
 _PATIENCE = 8  # calls of an optimizer's step; DeepSpeed makes some before anything is trained
 
@@ -214,7 +214,7 @@ class Watch:
             self._primary = weakref.ref(optimizer)
         audit = book.audit(optimizer)
         assert audit is not None
-        wrong = [one for one in self.verdicts[before:] if is_wrong(one)]
+        wrong = [one for one in self.verdicts[before:] if one.state == UNBALANCED]
         if self._stops:
             self._stop_if_wrong(audit.ranks, audit.key(), wrong)
         first = self._primary()
@@ -261,8 +261,7 @@ class Watch:
 def _holder(optimizer: torch.optim.Optimizer) -> torch.nn.Module | None:
     """The largest module that has parameters of this optimizer."""
     own = stepped(optimizer)
-    modules = [one for one in gc.get_objects() if issubclass(type(one), torch.nn.Module)]
-    found = [one for one in modules if any(id(parameter) in own for parameter in one.parameters())]
+    found = [one for one in alive(torch.nn.Module) if any(id(parameter) in own for parameter in one.parameters())]
     return max(found, key=lambda one: sum(1 for _ in one.modules()), default=None)
 
 

@@ -92,16 +92,14 @@ def balance(
         for number in torch.argsort(errors, descending=True).tolist()
         if wrong[number]
     )
+    right, stale = (1.0,) * len(rows), (0.0,) * (0 if earlier is None else len(earlier))
     if not outliers:
         alike = len(rows) > 1 and _rank(rows, rounding) < 2
-        right, stale = (1.0,) * len(rows), (0.0,) * (0 if earlier is None else len(earlier))
         return Balance("unclear" if alike else "balanced", scale, right, stale, 0.0, not alike, ())
     if float(errors.max()) <= _ROUGH and _is_rounding(rows, got, earlier, scale, outliers):
-        right, stale = (1.0,) * len(rows), (0.0,) * (0 if earlier is None else len(earlier))
         return Balance("balanced", scale, right, stale, 0.0, True, (), float(errors.max()))
     value, common = _clipped_at(rows.sum(0), got, rounding)
     if value:
-        right, stale = (1.0,) * len(rows), (0.0,) * (0 if earlier is None else len(earlier))
         return Balance("balanced", common, right, stale, 0.0, True, (), clipped_at=value)
     few = int(wrong.sum()) * 2 <= len(names)
     looked_at = wrong[place] if few else torch.ones_like(place, dtype=torch.bool)

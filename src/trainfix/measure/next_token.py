@@ -80,8 +80,7 @@ def fit(gradient: torch.Tensor, directions: Directions) -> TokenFit:
     arrived = gradient.detach().to(torch.float64)
     plain, smoothing = directions.plain, directions.smoothing
     size = torch.linalg.vector_norm(arrived, dim=-1)
-    weights = _over((arrived * plain).sum(-1), (plain * plain).sum(-1))
-    residuals = _over(torch.linalg.vector_norm(arrived - weights[:, None] * plain, dim=-1), size)
+    weights, residuals = _projected(arrived, plain, size)
     # The second direction without what it shares with the first.
     shared = _over((smoothing * plain).sum(-1), (plain * plain).sum(-1))
     rest = smoothing - shared[:, None] * plain
@@ -94,9 +93,13 @@ def fit(gradient: torch.Tensor, directions: Directions) -> TokenFit:
 def misfit(gradient: torch.Tensor, directions: Directions) -> torch.Tensor:
     """What `fit` has as `residuals`, alone."""
     arrived, plain = gradient.detach().to(torch.float64), directions.plain
+    return _projected(arrived, plain, torch.linalg.vector_norm(arrived, dim=-1))[1]
+
+
+def _projected(arrived: torch.Tensor, plain: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of `plain` in what arrived, and what is left over relative to its size."""
     weights = _over((arrived * plain).sum(-1), (plain * plain).sum(-1))
-    size = torch.linalg.vector_norm(arrived, dim=-1)
-    return _over(torch.linalg.vector_norm(arrived - weights[:, None] * plain, dim=-1), size)
+    return weights, _over(torch.linalg.vector_norm(arrived - weights[:, None] * plain, dim=-1), size)
 
 
 def mean_of(matrix: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@ rest."""
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from trainfix.ledger.consumers import Home
 from trainfix.ledger.consumers.plain import Plain
+from trainfix.ledger.tensors import alive
 
 _MODULES = ("torchao.optim.cpu_offload", "torchao.prototype.low_bit_optim.cpu_offload")
 
@@ -20,8 +20,8 @@ def of(model: torch.nn.Module) -> Any:
     """The CPUOffloadOptimizer that has parameters of this model, or None."""
     kinds = tuple(sys.modules[name].CPUOffloadOptimizer for name in _MODULES if name in sys.modules)
     own = {id(one) for one in model.parameters()}
-    for one in gc.get_objects() if kinds else ():
-        if issubclass(type(one), kinds) and own & {id(parameter) for parameter in one.param_d2h_map}:
+    for one in alive(*kinds):
+        if own & {id(parameter) for parameter in one.param_d2h_map}:
             return one
     return None
 
